@@ -1,0 +1,332 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From parameters to stacks of equal blocks and back.
+
+A `Tile` says how a parameter (or a logical part of it) becomes ``rows`` equal blocks: squeezed,
+merged, cut into equal pieces, the last one padded with zeros. Tiles whose blocks look alike share
+a `Bucket`: one tensor ``(n, *block)`` for every state entry, so that n blocks cost one batched
+call. ``optimizer.state[p]`` holds views of these tensors under flat keys such as ``"b0/left"``.
+
+A vector is a tile whose blocks are scalars: its rows are its elements, and a bucket of vectors is
+one run of all their elements.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import prod
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from parabola.method import Block, Entry, State
+
+WINDOW = 1 << 22
+"""Elements up to which a bucket keeps a scratch stack with ready-made views."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A logical part of a parameter, seen as equal blocks.
+
+    Attributes:
+        start: First index along axis 0 of the parameter (0 when the tile covers all of it).
+        length: Indices along axis 0, or None when the tile covers the whole parameter.
+        parts: Independent matrices side by side (heads, experts, fused projections).
+        merged: Shape of one part after squeezing and merging.
+        block: Shape and preconditioned axes of one block; shape ``()`` for a vector.
+    """
+
+    start: int
+    length: int | None
+    parts: int
+    merged: tuple[int, ...]
+    block: Block
+
+    @cached_property
+    def grid(self) -> tuple[int, ...]:
+        """Blocks along every axis of one part."""
+        if not self.block.shape:
+            return self.merged
+        return tuple(-(-d // b) for d, b in zip(self.merged, self.block.shape, strict=True))
+
+    @cached_property
+    def per_part(self) -> int:
+        """Blocks of one logical part: the scope of its graft norm."""
+        return prod(self.grid)
+
+    @cached_property
+    def rows(self) -> int:
+        """Rows that the tile takes in its bucket."""
+        return self.parts * self.per_part
+
+    @cached_property
+    def padding(self) -> list[int]:
+        """Zeros appended to every axis, in the order of ``torch.nn.functional.pad``."""
+        ends = zip(self.merged, self.grid, self.block.shape, strict=True)
+        return [x for d, g, b in reversed(list(ends)) for x in (0, g * b - d)]
+
+    @cached_property
+    def whole(self) -> bool:
+        """True when the rows are the part itself, row after row: views serve in both directions."""
+        return not self.block.shape or (self.per_part == 1 and not any(self.padding))
+
+    def part(self, x: Tensor) -> Tensor:
+        """The tile's own piece of a tensor with the parameter's shape (a view)."""
+        return x if self.length is None else x.narrow(0, self.start, self.length)
+
+    def pair(self, rows: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Views ``(into rows, of x)`` of equal shape, so that a copy between them tiles ``x``."""
+        x = self.part(x)
+        if self.whole:
+            return rows.view(x.shape), x
+        k = len(self.grid)
+        x = F.pad(x.reshape(self.parts, *self.merged), self.padding)
+        sides = zip(self.grid, self.block.shape, strict=True)
+        x = x.view(self.parts, *(side for pair in sides for side in pair))
+        rows = rows.view(self.parts, *self.grid, *self.block.shape)
+        return rows.permute(0, *(axis for i in range(k) for axis in (1 + i, 1 + k + i))), x
+
+    def read(self, rows: Tensor, shape: torch.Size) -> Tensor:
+        """The rows put together again, in the shape of ``part``: a view if ``whole``, else new."""
+        if self.whole:
+            return rows.view(shape)
+        k = len(self.grid)
+        x = rows.view(self.parts, *self.grid, *self.block.shape)
+        x = x.permute(0, *(axis for i in range(k) for axis in (1 + i, 1 + k + i)))
+        x = x.reshape(
+            self.parts, *(g * b for g, b in zip(self.grid, self.block.shape, strict=True))
+        )
+        for axis, d in enumerate(self.merged, start=1):
+            x = x.narrow(axis, 0, d)
+        return x.reshape(shape)
+
+
+@dataclass(frozen=True)
+class Member:
+    """A tile in a bucket: whose it is, and which rows it has.
+
+    Attributes:
+        slot: Index of the parameter in its group's layout.
+        param: The parameter.
+        tile: Its geometry.
+        first: Index, within the parameter, of the tile's first block.
+        start: First row in the bucket.
+    """
+
+    slot: int
+    param: Tensor
+    tile: Tile
+    first: int
+    start: int
+
+    @property
+    def end(self) -> int:
+        """One past the last row in the bucket."""
+        return self.start + self.tile.rows
+
+    def keys(self, name: str) -> list[str]:
+        """Keys of ``optimizer.state[param]`` under which the entry ``name`` is found."""
+        if not self.tile.block.shape:
+            return [name]
+        return [f"b{self.first + i}/{name}" for i in range(self.tile.rows)]
+
+    def views(self, tensor: Tensor) -> list[Tensor]:
+        """The tensors behind `keys`: views of the bucket's tensor."""
+        rows = tensor[self.start : self.end]
+        return list(rows.unbind(0)) if self.tile.block.shape else [rows.view(self.param.shape)]
+
+
+@dataclass
+class Bucket:
+    """Tiles with equal blocks, and their state.
+
+    Attributes:
+        members: The tiles, in row order.
+        block: Their common geometry.
+        dtype: Of the state and of all arithmetic.
+        device: Of the parameters and of the state.
+        state: Entry name -> ``(n, ...)``.
+        refreshed: ``(n, factors)`` int32 on the host: step of the last refresh, 0 for never.
+        failures: ``(n, factors)`` int32 on the host: consecutive failed refreshes.
+        phase: ``(n, factors)`` int64 on the host: offset of each factor's refresh step.
+        t: Step count of the rows, an int or, where they differ, ``(n,)`` int64 on the host.
+    """
+
+    members: list[Member]
+    block: Block
+    dtype: torch.dtype
+    device: torch.device
+    state: State
+    refreshed: Tensor
+    failures: Tensor
+    phase: Tensor
+    t: int | Tensor = 0
+    _vectors: dict[str, list[Tensor]] = field(default_factory=dict)
+
+    @cached_property
+    def n(self) -> int:
+        """Rows."""
+        return self.members[-1].end
+
+    @cached_property
+    def per_part(self) -> int:
+        """Blocks of one logical part, the same for all members (1 for vectors)."""
+        return self.members[0].tile.per_part if self.block.shape else 1
+
+    @cached_property
+    def params(self) -> list[Tensor]:
+        """One parameter a member; a parameter with several tiles appears several times."""
+        return [m.param for m in self.members]
+
+    @cached_property
+    def splits(self) -> list[int]:
+        """Rows of each member."""
+        return [m.tile.rows for m in self.members]
+
+    @cached_property
+    def window(self) -> tuple[Tensor, list[Tensor]] | None:
+        """A stack that is kept between steps, and its rows in the shapes of the parameters.
+
+        Making the views costs more than the copy where tensors are many and small. None for large
+        buckets, which would hold the memory, and for those with cut blocks, which are not views.
+        """
+        if self.n * self.block.numel > WINDOW or not all(m.tile.whole for m in self.members):
+            return None
+        stack = torch.empty(self.n, *self.block.shape, dtype=self.dtype, device=self.device)
+        return stack, self._shaped(stack)
+
+    def _shaped(self, stack: Tensor) -> list[Tensor]:
+        """The rows of each member in the shape of its part: views, or copies of cut blocks."""
+        rows = torch.split(stack, self.splits)
+        return [
+            m.tile.read(r, m.tile.part(m.param).shape)
+            for m, r in zip(self.members, rows, strict=True)
+        ]
+
+    def _pairs(
+        self, stack: Tensor, tensors: Sequence[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Views of the stack and of the tensors that match in shape."""
+        if self.window is not None and stack is self.window[0]:
+            parts = zip(self.members, tensors, strict=True)
+            return self.window[1], [m.tile.part(x) for m, x in parts]
+        rows = torch.split(stack, self.splits)
+        pairs = (m.tile.pair(r, x) for m, r, x in zip(self.members, rows, tensors, strict=True))
+        into, of = zip(*pairs, strict=True)
+        return list(into), list(of)
+
+    def gather(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Stack tensors of the members' parameter shapes into ``(n, *block)``, in ``dtype``.
+
+        The result is scratch, overwritten by the next `gather` or `scatter`.
+        """
+        if self.window is not None:
+            stack = self.window[0]
+        else:
+            stack = torch.empty(self.n, *self.block.shape, dtype=self.dtype, device=self.device)
+        torch._foreach_copy_(*self._pairs(stack, tensors))
+        return stack
+
+    def add(self, stack: Tensor, tensors: Sequence[Tensor], alpha: float) -> None:
+        """``stack += alpha * tensors``, in place; ``stack`` comes from `gather`."""
+        torch._foreach_add_(*self._pairs(stack, tensors), alpha=alpha)
+
+    def scatter(self, stack: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Pairs ``(parts of the parameters, rows of the stack in their shape)``; both writable."""
+        targets = [m.tile.part(p) for m, p in zip(self.members, self.params, strict=True)]
+        if self.window is not None:
+            self.window[0].copy_(stack)
+            return targets, self.window[1]
+        return targets, self._shaped(stack)
+
+    def vectors(self, name: str) -> list[Tensor]:
+        """A state entry of a vector run, one view a member."""
+        if name not in self._vectors:
+            self._vectors[name] = [m.views(self.state[name])[0] for m in self.members]
+        return self._vectors[name]
+
+    def expand(self, rows: Tensor) -> Tensor:
+        """``(n,)`` values shaped to broadcast against a stack, on its device."""
+        return rows.to(self.device).view(self.n, *(1 for _ in self.block.shape))
+
+    def index(self, chosen: Sequence[int]) -> Tensor:
+        """Rows of the chosen members, ``(k,)`` int64 on the host."""
+        members = (self.members[i] for i in chosen)
+        return torch.cat([torch.arange(m.start, m.end) for m in members])
+
+    def subset(self, chosen: Sequence[int]) -> "Bucket":
+        """A bucket of copies for some of the members; `restore` brings them back."""
+        rows, start, members = self.index(chosen), 0, []
+        for i in chosen:
+            m = self.members[i]
+            members.append(Member(m.slot, m.param, m.tile, m.first, start))
+            start = members[-1].end
+        on_device = rows.to(self.device)
+        state = {k: v.index_select(0, on_device) for k, v in self.state.items()}
+        refreshed, failures, phase = (
+            x[rows] if len(x) else x for x in (self.refreshed, self.failures, self.phase)
+        )
+        return Bucket(
+            members, self.block, self.dtype, self.device, state, refreshed, failures, phase
+        )
+
+    def restore(self, subset: "Bucket", chosen: Sequence[int]) -> None:
+        """Write the state of a `subset` back."""
+        rows = self.index(chosen)
+        for key, tensor in self.state.items():
+            tensor.index_copy_(0, rows.to(self.device), subset.state[key])
+        if len(self.refreshed):
+            self.refreshed[rows] = subset.refreshed
+            self.failures[rows] = subset.failures
+
+
+def state_dtype(param: Tensor) -> torch.dtype:
+    """State is float32, or float64 for float64 parameters: half precision loses small updates."""
+    return torch.float64 if param.dtype == torch.float64 else torch.float32
+
+
+def new_state(entry: Entry, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A fresh state tensor ``(n, *entry.shape)``."""
+    if entry.start == "eye":
+        eye = torch.eye(entry.shape[-1], dtype=dtype, device=device)
+        return eye.expand(n, *entry.shape).contiguous()
+    return torch.zeros(n, *entry.shape, dtype=dtype, device=device)
+
+
+def build(
+    params: Sequence[Tensor],
+    tiles: Sequence[Sequence[Tile]],
+    entries: Callable[[Block], dict[str, Entry]],
+    factors: Callable[[Block], dict[str, float]],
+) -> list[Bucket]:
+    """Sort the tiles of all parameters into buckets with fresh state.
+
+    Args:
+        params: The parameters of one group.
+        tiles: The tiles of each.
+        entries: State entries of a block.
+        factors: Names and costs of the factors of a block.
+
+    Returns:
+        Buckets in the order in which their first tile appears.
+    """
+    members: dict[tuple[Any, ...], list[Member]] = {}
+    for slot, (p, its_tiles) in enumerate(zip(params, tiles, strict=True)):
+        first = 0
+        for tile in its_tiles:
+            # Vectors keep apart what torch's fused kernels can take; stacks, the scope of norms.
+            kind = tile.per_part if tile.block.shape else (p.dtype, p.is_contiguous())
+            mates = members.setdefault((tile.block, state_dtype(p), p.device, kind), [])
+            mates.append(Member(slot, p, tile, first, mates[-1].end if mates else 0))
+            first += tile.rows
+    buckets = []
+    for (block, dtype, device, _), mates in members.items():
+        n = mates[-1].end
+        state = {k: new_state(e, n, dtype, device) for k, e in entries(block).items()}
+        k = len(factors(block))
+        refreshed, failures = (torch.zeros(n if k else 0, k, dtype=torch.int32) for _ in range(2))
+        phase = torch.zeros(n if k else 0, k, dtype=torch.int64)
+        buckets.append(Bucket(mates, block, dtype, device, state, refreshed, failures, phase))
+    return buckets

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What happens when numbers go wrong: refuse, skip, keep the old, fall back; count and say so once.
+
+Gradients: a sparse one is refused; a non-finite one skips the step of its whole parameter group
+before any state has changed. Roots: the numerical chain (float64, more damping) lives in
+``parabola.linalg``; what it could not mend keeps the previous root, and after `STRIKES` failures in
+a row the parameter takes its graft's step until a refresh succeeds again.
+"""
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch._utils import _flatten_dense_tensors
+
+Stats = dict[str, int]
+
+STRIKES = 3
+"""Consecutive failed refreshes of a factor after which its parameter falls back to the graft."""
+
+SMALL = 1 << 16
+"""Gradients of fewer elements are checked together: one copy of them beats one call for each."""
+
+
+def new_stats() -> Stats:
+    """Counters, all zero: plain numbers for any logger."""
+    return {
+        "steps": 0,
+        "skipped_steps": 0,
+        "nonfinite_gradients": 0,
+        "refreshes": 0,
+        "root_retries": 0,
+        "root_failures": 0,
+        "fallbacks": 0,
+    }
+
+
+Named = Sequence[tuple[Tensor, str]]
+"""Gradients with the names of their parameters."""
+
+
+def refuse(grads: Named) -> None:
+    """Raise RuntimeError on a gradient that no method can take."""
+    for g, name in grads:
+        if g.layout != torch.strided:
+            raise RuntimeError(
+                f"parabola optimizers do not support sparse gradients; the gradient of {name} has "
+                f"layout {g.layout}; allowed: dense (for an embedding: sparse=False)"
+            )
+
+
+def all_finite(grads: Named) -> bool:
+    """True if no gradient holds NaN or Inf. One host synchronization on an accelerator."""
+    by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for g, _ in grads:
+        by_kind.setdefault((g.device, g.dtype), []).append(g)
+    for kind in by_kind.values():
+        small = [g for g in kind if g.numel() < SMALL]
+        large = [g for g in kind if g.numel() >= SMALL]
+        # A sum is finite only if all its terms are; the reverse fails only by overflow, so the
+        # exact test is needed only when a sum is not finite.
+        sums = [_flatten_dense_tensors(small).sum()] if small else []  # type: ignore[no-untyped-call]
+        total = torch.stack([*sums, *(g.sum() for g in large)]).sum()
+        if not torch.isfinite(total) and not all(bool(torch.isfinite(g).all()) for g in kind):
+            return False
+    return True
+
+
+def on_nonfinite(stats: Stats, grads: Named, policy: str) -> None:
+    """Count a skipped group, warn the first time, or raise RuntimeError with ``policy="raise"``."""
+    bad = [name for g, name in grads if not bool(torch.isfinite(g).all())]
+    shown = ", ".join(bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
+    text = f"non-finite gradient in {shown}"
+    if policy == "raise":
+        raise RuntimeError(f"{text}; nothing was changed (nonfinite='raise')")
+    first = stats["skipped_steps"] == 0
+    stats["skipped_steps"] += 1
+    stats["nonfinite_gradients"] += len(bad)
+    if first:
+        warnings.warn(
+            f"{text}: the step of its parameter group is skipped. Further skips are counted in "
+            "opt.stats['skipped_steps'] without a warning.",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+
+
+def on_failed_roots(stats: Stats, failures: Tensor, policy: str) -> None:
+    """Count rows whose refresh failed; ``failures`` are their consecutive failures so far.
+
+    Raises:
+        RuntimeError: with ``policy="raise"``; the previous roots are still in place.
+    """
+    if not len(failures):
+        return
+    stats["root_failures"] += len(failures)
+    if policy == "raise":
+        raise RuntimeError(
+            f"{len(failures)} inverse roots failed in float64 with raised damping; the previous "
+            "roots were kept (nonfinite='raise')"
+        )
+    fallen = int((failures == STRIKES).sum())
+    if fallen and stats["fallbacks"] == 0:
+        warnings.warn(
+            f"the roots of {fallen} blocks failed {STRIKES} times in a row: their parameters take "
+            "the graft's step until a refresh succeeds. Counted in opt.stats['fallbacks'].",
+            RuntimeWarning,
+            stacklevel=5,
+        )
+    stats["fallbacks"] += fallen

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Step sizes borrowed from a diagonal method: the direction keeps, the length comes from the graft.
+
+With m the beta1-filtered, bias-corrected gradient and v the second moments of the raw gradient,
+
+    adam     a = m / (sqrt(v / (1 - beta2^t)) + eps)
+    rmsprop  a = m / (sqrt(v) + eps)
+    adagrad  a = m / (sqrt(sum g^2) + eps)
+    sgd      a = m
+    sign     a = sign(m)
+    None     the direction keeps its own length
+
+so that a run in which preconditioning never starts is torch.optim's AdamW, RMSprop, Adagrad or SGD
+(Anil et al. 2020, section 4.2; Agarwal et al. 2020).
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from parabola.blocks import Bucket
+from parabola.method import Entry, Options
+
+SECOND_MOMENT = ("adam", "rmsprop", "adagrad")
+"""Grafts that keep second moments."""
+
+
+def entries(shape: tuple[int, ...], options: Options) -> dict[str, Entry]:
+    """Elementwise state of a block, only what the options need."""
+    needed = {
+        "exp_avg": options["betas"][0] > 0,
+        "exp_avg_sq": options["graft"] in SECOND_MOMENT,
+        "momentum_buffer": options["momentum"] > 0,
+    }
+    return {name: Entry(shape) for name, wanted in needed.items() if wanted}
+
+
+def decay(beta: float) -> tuple[float, float]:
+    """Weights of the old statistic and of the new term: an average, or a plain sum at beta 1."""
+    return (1.0, 1.0) if beta == 1.0 else (beta, 1.0 - beta)
+
+
+def correction(bucket: Bucket, beta: float) -> float | Tensor:
+    """``1 - beta^t``, a number or, where rows differ in t, ``(n, 1, ...)``; 1 for sums."""
+    if beta == 1.0:
+        return 1.0
+    if isinstance(bucket.t, int):
+        return 1.0 - beta**bucket.t
+    t = bucket.t.to(torch.float64)
+    return bucket.expand((1.0 - beta**t).to(bucket.dtype))
+
+
+def filtered(bucket: Bucket, g: Tensor, options: Options) -> Tensor:
+    """``m <- beta1 m + (1 - beta1) g``, bias-corrected; ``g`` itself at beta1 = 0."""
+    beta1 = options["betas"][0]
+    if beta1 == 0:
+        return g
+    exp_avg = bucket.state["exp_avg"]
+    exp_avg.lerp_(g, 1.0 - beta1)
+    return exp_avg / correction(bucket, beta1)
+
+
+def direction(bucket: Bucket, g: Tensor, m: Tensor, options: Options) -> Tensor:
+    """The graft's own direction ``a``, ``(n, ...)``, after taking ``g`` into its second moments."""
+    graft = options["graft"]
+    if graft == "sign":
+        return m.sign()
+    if graft not in SECOND_MOMENT:
+        return m.clone()
+    beta2 = 1.0 if graft == "adagrad" else options["betas"][1]
+    old, new = decay(beta2)
+    v = bucket.state["exp_avg_sq"]
+    v.mul_(old).addcmul_(g, g, value=new)
+    denominator = v.sqrt()
+    if graft == "adam":
+        denominator.div_(correction(bucket, beta2) ** 0.5)
+    denominator.add_(options["eps"])
+    a: Tensor = torch.div(m, denominator, out=denominator)
+    return a
+
+
+def rescale(bucket: Bucket, d: Tensor, a: Tensor) -> Tensor:
+    """``d <- d |a| / |d|``, in place, with the norms over every logical part of a parameter."""
+    target, own = (_norm(bucket, x) for x in (a, d))
+    factor = torch.where(own > 0, target / own, 0.0)
+    return d.mul_(bucket.expand(factor.repeat_interleave(bucket.per_part)))
+
+
+def _norm(bucket: Bucket, x: Tensor) -> Tensor:
+    """Norms ``(parts,)``, scaled by the largest entry so that 1e-25 and 1e18 survive float32."""
+    x = x.view(bucket.n // bucket.per_part, -1)
+    largest = x.abs().amax(dim=1)
+    scale = torch.where(largest > 0, largest, 1.0)
+    return torch.linalg.vector_norm(x / scale.unsqueeze(1), dim=1) * largest
+
+
+def momentum(bucket: Bucket, d: Tensor, options: Options) -> Tensor:
+    """``v <- momentum v + d``; returns ``v``, or ``d + momentum v`` with Nesterov; in ``d``."""
+    mu = options["momentum"]
+    if mu == 0:
+        return d
+    buffer = bucket.state["momentum_buffer"]
+    buffer.mul_(mu).add_(d)
+    return d.add_(buffer, alpha=mu) if options["nesterov"] else d.copy_(buffer)
+
+
+def fused_adam(bucket: Bucket, options: Options) -> bool:
+    """True where torch's fused Adam kernel does all that the options ask of these rows."""
+    return (
+        not bucket.block.shape
+        and options["graft"] == "adam"
+        and options["momentum"] == 0
+        and options["betas"][0] > 0
+        and options["betas"][1] < 1
+        and bucket.params[0].dtype == bucket.dtype
+        and bucket.params[0].is_contiguous()
+    )
+
+
+def fused_adam_step(
+    bucket: Bucket, grads: Sequence[Tensor], steps: Sequence[Tensor], options: Options
+) -> None:
+    """The whole step of graft-only parameters, by the kernel behind ``AdamW(fused=True)``."""
+    kernel = torch._fused_adamw_ if options["decoupled"] else torch._fused_adam_
+    kernel(
+        list(bucket.params),
+        [g.contiguous() for g in grads],
+        bucket.vectors("exp_avg"),
+        bucket.vectors("exp_avg_sq"),
+        [],
+        list(steps),
+        amsgrad=False,
+        lr=options["lr"],
+        beta1=options["betas"][0],
+        beta2=options["betas"][1],
+        weight_decay=options["weight_decay"],
+        eps=options["eps"],
+        maximize=options["maximize"],
+    )

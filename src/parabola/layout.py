@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The buckets of one parameter group, and the views of them in ``optimizer.state``.
+
+Nothing here is state of its own: a layout is rebuilt from ``optimizer.state`` whenever it no longer
+fits (after a load, a new keyword value that shapes the state, a state tensor that a user replaced).
+"""
+
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from parabola import blocks, grafting
+from parabola.blocks import Bucket, Member
+from parabola.method import Block, Entry, Method, Options
+from parabola.refresh import assign_phases
+from parabola.routing import STRUCTURAL, Route, route
+
+HOST = ("refreshed", "failures")
+"""Bookkeeping of every block, kept on the host: ``(factors,)`` int32 each."""
+
+STEP_BYTES, HOST_BYTES = 4, 4 * len(HOST)
+"""Bytes of ``step`` a parameter, and of the bookkeeping a factor."""
+
+
+def names_of(group: Mapping[str, Any]) -> list[str]:
+    """Names of a group's parameters, made up by position where none were given."""
+    return list(group.get("param_names") or (f"parameter {i}" for i in range(len(group["params"]))))
+
+
+def routes_of(group: Mapping[str, Any]) -> list[Route]:
+    """The treatment of every parameter of a group."""
+    names = group.get("param_names") or [None] * len(group["params"])
+    return [route(n, tuple(p.shape), group) for n, p in zip(names, group["params"], strict=True)]
+
+
+def entries(method: Method, block: Block, options: Options) -> dict[str, Entry]:
+    """All state tensors of one block on the device: the engine's, and the method's."""
+    own = method.init(block, options) if block.shape else {}
+    return {**grafting.entries(block.shape, options), **own}
+
+
+def factors(method: Method, block: Block, options: Options) -> dict[str, float]:
+    """What of a block is refreshed: nothing in a vector run."""
+    return method.factors(block, options) if block.shape else {}
+
+
+def signature(method: Method, group: Mapping[str, Any]) -> tuple[Any, ...]:
+    """All that decides the shape of the state and the schedule of its refreshes."""
+    keywords = (*STRUCTURAL, *method.structural, "graft", "refresh", "update_every")
+    return (
+        *(tuple(group[k]) if isinstance(group[k], list) else group[k] for k in keywords),
+        group["betas"][0] > 0,
+        group["momentum"] > 0,
+        len(group["params"]),
+    )
+
+
+def _wanted(p: Tensor) -> bool:
+    return p.requires_grad or p.grad is not None
+
+
+class Layout:
+    """Buckets of one parameter group.
+
+    Attributes:
+        params: Parameters that require a gradient (or have one), in group order.
+        names: Their names.
+        steps: ``(params,)`` float32 on the host: how often each was stepped.
+        buckets: Where their state lives.
+    """
+
+    def __init__(
+        self, method: Method, group: Mapping[str, Any], state: MutableMapping[Tensor, Any]
+    ) -> None:
+        self._signature = signature(method, group)
+        self._owners: list[dict[str, Any]] = []
+        self._keys: list[str] = []
+        self._views: list[Tensor] = []
+        named = zip(group["params"], names_of(group), routes_of(group), strict=True)
+        kept = [x for x in named if _wanted(x[0])]
+        self._idle = [p for p in group["params"] if not _wanted(p)]
+        self.params = [p for p, _, _ in kept]
+        self.names = [name for _, name, _ in kept]
+        self.steps = torch.zeros(len(kept), dtype=torch.float32)
+        self.buckets = blocks.build(
+            self.params,
+            [r.tiles for _, _, r in kept],
+            lambda block: entries(method, block, group),
+            lambda block: factors(method, block, group),
+        )
+        if group["refresh"] == "staggered":
+            costs = [list(factors(method, b.block, group).values()) for b in self.buckets]
+            assign_phases(self.buckets, costs, group["update_every"])
+        self.step_views = list(self.steps.unbind(0))
+        self._adopt(state)
+        self.ticks = [int(t) for t in self.steps.tolist()]
+
+    def _adopt(self, state: MutableMapping[Tensor, Any]) -> None:
+        """Copy what ``state`` already holds into the buckets, and put views in its place."""
+        for p, name, view in zip(self.params, self.names, self.step_views, strict=True):
+            self._claim(state[p], "step", view, name)
+        for bucket in self.buckets:
+            host = dict(zip(HOST, (bucket.refreshed, bucket.failures), strict=True))
+            tensors = {**bucket.state, **(host if len(bucket.refreshed) else {})}
+            for member in bucket.members:
+                name = self.names[member.slot]
+                for entry, tensor in tensors.items():
+                    views = member.views(tensor)
+                    for key, view in zip(member.keys(entry), views, strict=True):
+                        self._claim(state[member.param], key, view, name)
+
+    def _claim(self, own: dict[str, Any], key: str, view: Tensor, name: str) -> None:
+        old = own.get(key)
+        if old is not None:
+            if tuple(old.shape) != tuple(view.shape):
+                raise ValueError(
+                    f"state {key!r} of {name} has shape {tuple(old.shape)}, expected "
+                    f"{tuple(view.shape)}: block_size, max_order, axes, skip_dim, precondition_1d "
+                    "and parts must be those under which the state was made"
+                )
+            view.copy_(old)
+        own[key] = view
+        self._owners.append(own)
+        self._keys.append(key)
+        self._views.append(view)
+
+    def fits(self, method: Method, group: Mapping[str, Any]) -> bool:
+        """False when the buckets must be built anew."""
+        return (
+            self._signature == signature(method, group)
+            and all(p.grad is None for p in self._idle)
+            and all(map(is_, map(dict.get, self._owners, self._keys), self._views))
+        )
+
+    def active(
+        self, grads: Sequence[Tensor | None]
+    ) -> Iterator[tuple[Bucket, list[Tensor], list[Tensor]]]:
+        """Step the clocks and yield ``(bucket, gradients, steps)``, one gradient a member.
+
+        Where some gradients of a bucket are missing, a bucket of copies stands in for the members
+        that have one, and is written back after the caller is done with it: the others stay
+        untouched, as in torch.optim.
+        """
+        present = [i for i, g in enumerate(grads) if g is not None]
+        for i in present:
+            self.ticks[i] += 1
+        if len(present) == len(grads):
+            self.steps.add_(1)
+        else:
+            self.steps[present] += 1
+        for bucket in self.buckets:
+            chosen = [i for i, m in enumerate(bucket.members) if grads[m.slot] is not None]
+            if not chosen:
+                continue
+            whole = len(chosen) == len(bucket.members)
+            work = bucket if whole else bucket.subset(chosen)
+            work.t = self._clock(work.members)
+            mine = [grads[m.slot] for m in work.members]
+            steps = [self.step_views[m.slot] for m in work.members]
+            yield work, [g for g in mine if g is not None], steps
+            if not whole:
+                bucket.restore(work, chosen)
+
+    def _clock(self, members: Sequence[Member]) -> int | Tensor:
+        """Steps of the rows: one number, or one a row where they differ."""
+        ticks = [self.ticks[m.slot] for m in members]
+        if ticks.count(ticks[0]) == len(ticks):
+            return ticks[0]
+        rows = torch.tensor([m.tile.rows for m in members])
+        return torch.tensor(ticks).repeat_interleave(rows)

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an optimizer will do with a model, and what that costs, before anything is allocated."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from parabola import layout
+from parabola.blocks import state_dtype
+from parabola.method import Method
+from parabola.routing import Route
+
+if TYPE_CHECKING:
+    from parabola.optimizer import SecondOrder
+
+
+@dataclass(frozen=True)
+class Row:
+    """One parameter.
+
+    Attributes:
+        name: Its name, or its position where none was given.
+        shape: Its declared shape.
+        treatment: In words, such as ``"2 x 512x512"`` blocks or ``"graft"``.
+        reason: Why.
+        blocks: Preconditioned blocks; 0 where only the graft's step is taken.
+        numel: Elements.
+        state_bytes: Bytes of all state tensors, exactly.
+        step_flops: FLOPs of the method in a plain step (graft and update not counted).
+        refresh_flops: FLOPs of one refresh of all its factors, about.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    treatment: str
+    reason: str
+    blocks: int
+    numel: int
+    state_bytes: int
+    step_flops: float
+    refresh_flops: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A row for every parameter; ``str()`` is a table."""
+
+    rows: tuple[Row, ...]
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the whole optimizer state."""
+        return sum(row.state_bytes for row in self.rows)
+
+    @property
+    def step_flops(self) -> float:
+        """FLOPs of the method in a plain step."""
+        return sum(row.step_flops for row in self.rows)
+
+    @property
+    def refresh_flops(self) -> float:
+        """FLOPs of one refresh of everything."""
+        return sum(row.refresh_flops for row in self.rows)
+
+    def __str__(self) -> str:
+        head = ("parameter", "shape", "blocks", "state", "step", "refresh", "why")
+        body = [
+            (
+                row.name,
+                "x".join(map(str, row.shape)) or "()",
+                row.treatment,
+                _scaled(row.state_bytes, "B", 1024),
+                _scaled(row.step_flops, "FLOP"),
+                _scaled(row.refresh_flops, "FLOP"),
+                row.reason,
+            )
+            for row in self.rows
+        ]
+        numel = sum(row.numel for row in self.rows)
+        total = (
+            f"{len(self.rows)} parameters",
+            f"{numel:,}",
+            f"{sum(row.blocks for row in self.rows)} blocks",
+            _scaled(self.state_bytes, "B", 1024),
+            _scaled(self.step_flops, "FLOP"),
+            _scaled(self.refresh_flops, "FLOP"),
+            f"{self.state_bytes / max(numel, 1):.1f} state bytes an element",
+        )
+        widths = [max(len(line[i]) for line in (head, *body, total)) for i in range(len(head))]
+        left = (0, 1, 2, 6)  # text columns; the others are numbers
+        lines = [
+            "  ".join(
+                cell.ljust(w) if i in left else cell.rjust(w)
+                for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
+            for line in (head, *body, total)
+        ]
+        rule = "-" * max(map(len, lines))
+        return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
+
+
+def plan(params: ParamsT, optimizer: "type[SecondOrder]", **options: Any) -> Plan:
+    """Predict what ``optimizer(params, **options)`` will do, without allocating any state.
+
+    Args:
+        params: What the optimizer would be given; ``model.named_parameters()`` of a model on the
+            meta device will do.
+        optimizer: An optimizer class of the library.
+        **options: Its keywords.
+
+    Returns:
+        A row for every parameter. ``state_bytes`` is exact.
+
+    Raises:
+        ValueError: a keyword has a wrong value.
+
+    Example:
+        >>> with torch.device("meta"):
+        ...     model = torch.nn.Linear(1024, 4096)
+        >>> print(plan(model.named_parameters(), parabola.Shampoo, block_size=512))
+    """
+    return optimizer(params, **options).plan()
+
+
+def plan_groups(method: Method, groups: Sequence[Mapping[str, Any]]) -> Plan:
+    """The plan of complete parameter groups."""
+    rows = []
+    for group in groups:
+        names, routes = layout.names_of(group), layout.routes_of(group)
+        for name, route, p in zip(names, routes, group["params"], strict=True):
+            rows.append(_row(method, group, name, route, p))
+    return Plan(tuple(rows))
+
+
+def _row(method: Method, group: Mapping[str, Any], name: str, route: Route, p: Tensor) -> Row:
+    size = torch.empty((), dtype=state_dtype(p)).element_size()
+    state = layout.STEP_BYTES
+    step = refresh = 0.0
+    shapes = []
+    for tile in route.tiles:
+        entries = layout.entries(method, tile.block, group).values()
+        state += tile.rows * size * sum(prod(entry.shape) for entry in entries)
+        if tile.block.shape:
+            state += tile.rows * layout.HOST_BYTES * len(method.factors(tile.block, group))
+            cost = method.cost(tile.block, group)
+            step, refresh = step + tile.rows * cost.step, refresh + tile.rows * cost.refresh
+            sides = "x".join(map(str, tile.block.shape))
+            shapes.append(f"{tile.rows} x {sides}" if tile.rows > 1 else sides)
+    blocks = sum(tile.rows for tile in route.tiles) if route.preconditioned else 0
+    treatment = " + ".join(shapes) or f"graft ({group['graft']})"
+    return Row(
+        name, tuple(p.shape), treatment, route.reason, blocks, p.numel(), state, step, refresh
+    )
+
+
+def _scaled(value: float, unit: str, base: int = 1000) -> str:
+    """1234567 -> "1.2 MB"."""
+    prefixes = ("", "K", "M", "G", "T", "P")
+    power = 0
+    while value >= base and power < len(prefixes) - 1:
+        value, power = value / base, power + 1
+    text = f"{value:.0f}" if value == int(value) or value >= 100 else f"{value:.1f}"
+    infix = "i" if base == 1024 and power else ""
+    return f"{text} {prefixes[power]}{infix}{unit}"

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""When the expensive part runs, and how its results are taken over.
+
+The unit is one factor of one block. A refresh has three phases: `snapshot` takes the inputs of the
+due rows, a solver computes new values from nothing but the snapshot, `adopt` takes over what
+succeeded. The solver is a plain callable (`solve` runs here and now), the place where an executor
+on host threads fits in.
+
+Schedule, with t = 1, 2, ... and s = ``start_step``: "inline" refreshes everything at
+t = s + 1, s + 1 + F, ... with F = ``update_every``. "staggered" gives every factor its own offset
+in 0..F-1, balanced by cost, so that each step carries about 1/F of the work; offsets other than 0
+first fall on the F - 1 steps before s + 1, so that all roots stand when preconditioning begins.
+"""
+
+import heapq
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from parabola.blocks import Bucket
+from parabola.faults import STRIKES, Stats, on_failed_roots
+from parabola.linalg import full_precision
+from parabola.method import Block, Method, Options, Refreshed, State
+
+
+@dataclass(frozen=True)
+class Job:
+    """One factor of some rows, cut loose from the optimizer.
+
+    Attributes:
+        factor: Name of the factor.
+        column: Its column in ``Bucket.refreshed``.
+        rows: ``(m,)`` int64 on the host, or None for all rows.
+        inputs: Snapshot of the state that the factor is computed from, each ``(m, ...)``.
+        block: Geometry of the rows.
+        options: Hyperparameters of the group.
+    """
+
+    factor: str
+    column: int
+    rows: Tensor | None
+    inputs: State
+    block: Block
+    options: Options
+
+
+Solver = Callable[[Method, Job], Refreshed]
+
+
+def solve(method: Method, job: Job) -> Refreshed:
+    """Compute a job here and now."""
+    with full_precision():
+        return method.refresh(job.inputs, job.factor, job.block, job.options)
+
+
+def assign_phases(buckets: Sequence[Bucket], costs: Sequence[Sequence[float]], every: int) -> None:
+    """Spread all factors of a group over ``every`` steps, the most expensive first.
+
+    Longest-processing-time rule: the makespan is at most 4/3 of the best (Graham 1969). A pure
+    function of shapes and costs, so that a resumed run keeps its schedule.
+    """
+    units = [
+        (cost, b, row, column)
+        for b, (bucket, its_costs) in enumerate(zip(buckets, costs, strict=True))
+        for column, cost in enumerate(its_costs)
+        for row in range(bucket.n)
+    ]
+    units.sort(key=lambda unit: (-unit[0], *unit[1:]))
+    load = [(0.0, phase) for phase in range(every)]
+    for cost, b, row, column in units:
+        total, phase = heapq.heappop(load)
+        buckets[b].phase[row, column] = phase
+        heapq.heappush(load, (total + cost, phase))
+
+
+def due(bucket: Bucket, column: int, options: Options) -> Tensor | None:
+    """Rows whose factor is due at ``bucket.t``: ``(m,)`` int64 on the host, or None for all."""
+    every, start = options["update_every"], options["start_step"]
+    since = bucket.t - 1 - start
+    earliest = 0 if options["refresh"] == "inline" else 1 - every
+    if isinstance(since, int) and since < earliest:
+        return torch.empty(0, dtype=torch.int64)
+    turn = (since - bucket.phase[:, column]) % every == 0
+    turn &= torch.as_tensor(since >= earliest)
+    # A row without any root yet (its offset fell before the first step) does not wait for its turn.
+    missing = (bucket.refreshed[:, column] == 0) & (bucket.failures[:, column] < STRIKES)
+    turn |= missing & torch.as_tensor(since >= 0)
+    return None if bool(turn.all()) else turn.nonzero().flatten()
+
+
+def ready(bucket: Bucket, options: Options) -> bool | Tensor:
+    """Which rows are preconditioned now: True (all), False (none), or an ``(n,)`` mask on the host.
+
+    A parameter part takes part only as a whole: all its blocks, all their factors.
+    """
+    started = bucket.t > options["start_step"]
+    if started is False:
+        return False
+    rows = ((bucket.refreshed > 0) & (bucket.failures < STRIKES)).all(dim=1) & started
+    parts = rows.view(-1, bucket.per_part).all(dim=1)
+    if bool(parts.all()):
+        return True
+    return parts.repeat_interleave(bucket.per_part) if bool(parts.any()) else False
+
+
+def snapshot(method: Method, bucket: Bucket, options: Options) -> list[Job]:
+    """Jobs for all factors that are due."""
+    jobs = []
+    for column, factor in enumerate(method.factors(bucket.block, options)):
+        rows = due(bucket, column, options)
+        if rows is not None and not len(rows):
+            continue
+        inputs = {key: bucket.state[key] for key in method.inputs(factor)}
+        if rows is not None:
+            chosen = rows.to(bucket.device)
+            inputs = {key: value.index_select(0, chosen) for key, value in inputs.items()}
+        jobs.append(Job(factor, column, rows, inputs, bucket.block, options))
+    return jobs
+
+
+def adopt(bucket: Bucket, job: Job, result: Refreshed, stats: Stats) -> None:
+    """Take over the rows that succeeded; the others keep what they had and are counted."""
+    rows = torch.arange(bucket.n) if job.rows is None else job.rows
+    report = torch.stack([result.ok.to(torch.int64), result.retries.to(torch.int64)]).cpu()
+    ok, retries = report[0].bool(), report[1]
+    for key, value in result.tensors.items():
+        if job.rows is None and bool(ok.all()):
+            bucket.state[key].copy_(value)
+        else:
+            on_device = ok.to(value.device)
+            chosen = rows[ok].to(bucket.device)
+            bucket.state[key].index_copy_(0, chosen, value[on_device].to(bucket.dtype))
+    steps = bucket.t if isinstance(bucket.t, int) else bucket.t[rows[ok]].to(torch.int32)
+    bucket.refreshed[rows[ok], job.column] = torch.as_tensor(steps, dtype=torch.int32)
+    bucket.failures[rows[ok], job.column] = 0
+    bucket.failures[rows[~ok], job.column] += 1
+    stats["refreshes"] += int(ok.sum())
+    stats["root_retries"] += int((retries > 0).sum())
+    on_failed_roots(stats, bucket.failures[rows[~ok], job.column], job.options["nonfinite"])
+
+
+def refresh(
+    method: Method, bucket: Bucket, options: Options, stats: Stats, solver: Solver = solve
+) -> None:
+    """Bring every due factor of a bucket up to date."""
+    for job in snapshot(method, bucket, options):
+        adopt(bucket, job, solver(method, job), stats)

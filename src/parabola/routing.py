@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which parameter, and which part of it, gets which treatment, and why.
+
+The rules read the declared shape and, where ``named_parameters()`` was given, the name. Every
+decision carries its reason, which ``opt.plan()`` prints; every one can be overridden per parameter
+group (``axes``, ``parts``, ``block_size``, ``max_order``, ``skip_dim``, ``precondition_1d``).
+"""
+
+import re
+from dataclasses import dataclass
+from math import prod
+
+from parabola.blocks import Tile
+from parabola.method import Block, Options
+
+EMBEDDING = re.compile(r"(^|[._])(\w*embed(ding)?s?\w*|wte|wpe)[._]weight$|position_embeddings?$")
+FUSED_QKV = re.compile(r"(^|[._])(\w*qkv\w*[._]weight|in_proj_weight|in_proj[._]weight)$")
+
+STRUCTURAL = ("block_size", "max_order", "axes", "skip_dim", "precondition_1d", "parts")
+"""Keywords of a parameter group that decide the routing."""
+
+
+@dataclass(frozen=True)
+class Route:
+    """The treatment of one parameter: its tiles, and the reasons in words."""
+
+    tiles: tuple[Tile, ...]
+    reason: str
+
+    @property
+    def preconditioned(self) -> bool:
+        """False where only the graft's diagonal step is taken."""
+        return bool(self.tiles[0].block.shape)
+
+
+def vector(shape: tuple[int, ...], reason: str) -> Route:
+    """The graft's diagonal step for the whole parameter."""
+    tile = Tile(0, None, 1, (prod(shape),), Block((), ()))
+    return Route((tile,), reason)
+
+
+def merge(shape: tuple[int, ...], max_order: int) -> tuple[int, ...]:
+    """Drop axes of length 1, then merge trailing axes until ``max_order`` axes remain.
+
+    The leading axis (the outputs of a layer) is merged last: a convolution ``(out, in, h, w)``
+    becomes the matrix ``(out, in*h*w)`` at order 2 and ``(out, in, h*w)`` at order 3.
+    """
+    merged = [d for d in shape if d != 1]
+    while len(merged) > max_order:
+        last = merged.pop()
+        merged[-1] *= last
+    return tuple(merged)
+
+
+def route(name: str | None, shape: tuple[int, ...], options: Options) -> Route:
+    """Decide the treatment of one parameter.
+
+    Args:
+        name: Its name in the model, or None where the optimizer was given bare tensors.
+        shape: Its declared shape.
+        options: Its parameter group.
+
+    Returns:
+        The tiles that cover it, with the reason for the decision.
+
+    Raises:
+        ValueError: ``parts`` does not fit the shape.
+    """
+    order = sum(d != 1 for d in shape)
+    if prod(shape) == 0:
+        return vector(shape, "empty")
+    if order == 0:
+        return vector(shape, "a single number")
+    if order == 1 and not options["precondition_1d"]:
+        return vector(shape, "fewer than two axes")
+    reasons: list[str] = []
+    policies = _policies(options["axes"])
+    if policies == ("auto",):
+        if name is not None and len(shape) == 2 and EMBEDDING.search(name):
+            policies = ("skip", "auto")
+            reasons.append("embedding by name: rows not mixed")
+        elif len(shape) > 2 and shape[1] == 1 and shape[0] > 1:
+            policies = ("skip", "auto")
+            reasons.append("depthwise kernel: channels not mixed")
+    spans = _parts(name, shape, options["parts"], reasons)
+    tiles = tuple(_tile(span, shape, options, policies, reasons) for span in spans)
+    if not any(tile.block.axes for tile in tiles):
+        return vector(shape, "; ".join([*reasons, "no axis left to precondition"]))
+    return Route(tiles, "; ".join(dict.fromkeys(reasons)) or f"{order} axes longer than 1")
+
+
+Span = tuple[int, int | None, int, tuple[int, ...]]
+"""start, length (None: all) along axis 0, number of parts, shape of one part."""
+
+
+def _parts(
+    name: str | None, shape: tuple[int, ...], parts: object, reasons: list[str]
+) -> list[Span]:
+    """Cut axis 0 into the logical parts that the group declares, or that the name tells."""
+    rows, rest = shape[0], shape[1:]
+    if parts == "auto":
+        fused = name is not None and FUSED_QKV.search(name)
+        parts = "qkv" if fused and len(shape) == 2 and rows == 3 * shape[1] else None
+        if parts:
+            reasons.append("fused projections by name")
+    if parts is None:
+        return [(0, None, 1, shape)]
+    if parts == "experts":
+        if len(shape) < 3:
+            return [(0, None, 1, shape)]
+        reasons.append(f"{rows} experts")
+        return [(0, None, rows, rest)]
+    if isinstance(parts, (tuple, list)):
+        if sum(parts) != rows:
+            raise ValueError(
+                f"Invalid parts value: {parts!r} for {name or 'a parameter'} of shape {shape}; "
+                f"allowed: lengths along axis 0 that add up to {rows}"
+            )
+        reasons.append(f"{len(parts)} declared parts")
+        starts = [sum(parts[:i]) for i in range(len(parts))]
+        return [(s, n, 1, (n, *rest)) for s, n in zip(starts, parts, strict=True) if n]
+    count = 3 if parts == "qkv" else parts
+    assert isinstance(count, int)
+    if len(shape) < 2:
+        return [(0, None, 1, shape)]
+    if rows % count:
+        raise ValueError(
+            f"Invalid parts value: {parts!r} for {name or 'a parameter'} of shape {shape}; "
+            f"allowed: a divisor of its first axis ({rows})"
+        )
+    reasons.append(f"{count} equal parts")
+    return [(0, None, count, (rows // count, *rest))]
+
+
+def _policies(axes: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (axes,) if isinstance(axes, str) else tuple(axes)
+
+
+def _tile(
+    span: Span,
+    shape: tuple[int, ...],
+    options: Options,
+    policies: tuple[str, ...],
+    reasons: list[str],
+) -> Tile:
+    """Merge one part and cut every axis by its policy."""
+    start, length, parts, part = span
+    # A depthwise or embedding rule speaks of axis 0 of the declared shape: keep that axis apart.
+    merged = merge(part, options["max_order"]) or (1,)
+    if len(merged) < len([d for d in part if d != 1]):
+        reasons.append(f"merged to {'x'.join(map(str, merged))}")
+    block, axes = [], []
+    for axis, d in enumerate(merged):
+        policy = policies[min(axis, len(policies) - 1)]
+        if policy == "auto":
+            policy = "skip" if d > options["skip_dim"] else "block"
+            if policy == "skip":
+                reasons.append(f"axis of {d} longer than skip_dim {options['skip_dim']}")
+        if policy == "skip" or d == 1:
+            block.append(d)
+            continue
+        pieces = -(-d // options["block_size"]) if policy == "block" else 1
+        if pieces > 1:
+            reasons.append(f"axis of {d} in {pieces} pieces")
+        block.append(-(-d // pieces))
+        axes.append(axis)
+    return Tile(start, length, parts, merged, Block(tuple(block), tuple(axes)))
