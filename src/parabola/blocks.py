@@ -205,9 +205,7 @@ class Bucket:
             for m, r in zip(self.members, rows, strict=True)
         ]
 
-    def _pairs(
-        self, stack: Tensor, tensors: Sequence[Tensor]
-    ) -> tuple[list[Tensor], list[Tensor]]:
+    def _pairs(self, stack: Tensor, tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Views of the stack and of the tensors that match in shape."""
         if self.window is not None and stack is self.window[0]:
             parts = zip(self.members, tensors, strict=True)

@@ -122,6 +122,8 @@ def fused_adam_step(
     bucket: Bucket, grads: Sequence[Tensor], steps: Sequence[Tensor], options: Options
 ) -> None:
     """The whole step of graft-only parameters, by the kernel behind ``AdamW(fused=True)``."""
+    if bucket.device.type != "cpu":  # the kernel wants the step counts beside the parameters
+        steps = torch.stack(list(steps)).to(bucket.device, non_blocking=True).unbind()
     kernel = torch._fused_adamw_ if options["decoupled"] else torch._fused_adam_
     kernel(
         list(bucket.params),

@@ -76,6 +76,7 @@ class Layout:
         self, method: Method, group: Mapping[str, Any], state: MutableMapping[Tensor, Any]
     ) -> None:
         self._signature = signature(method, group)
+        self._params = group["params"]
         self._owners: list[dict[str, Any]] = []
         self._keys: list[str] = []
         self._views: list[Tensor] = []
@@ -96,6 +97,7 @@ class Layout:
             assign_phases(self.buckets, costs, group["update_every"])
         self.step_views = list(self.steps.unbind(0))
         self._adopt(state)
+        self._own = [state[p] for p in self.params]
         self.ticks = [int(t) for t in self.steps.tolist()]
 
     def _adopt(self, state: MutableMapping[Tensor, Any]) -> None:
@@ -127,11 +129,15 @@ class Layout:
         self._keys.append(key)
         self._views.append(view)
 
-    def fits(self, method: Method, group: Mapping[str, Any]) -> bool:
+    def fits(
+        self, method: Method, group: Mapping[str, Any], state: MutableMapping[Tensor, Any]
+    ) -> bool:
         """False when the buckets must be built anew."""
         return (
-            self._signature == signature(method, group)
+            self._params is group["params"]
+            and self._signature == signature(method, group)
             and all(p.grad is None for p in self._idle)
+            and all(map(is_, map(state.get, self.params), self._own))
             and all(map(is_, map(dict.get, self._owners, self._keys), self._views))
         )
 

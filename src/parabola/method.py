@@ -102,7 +102,7 @@ class Method:
 
     def refresh(self, state: State, factor: str, block: Block, options: Options) -> Refreshed:
         """Recompute one factor from a snapshot of its inputs, ``m`` rows of the stack."""
-        raise NotImplementedError(f"{type(self).__name__} has no factor {factor!r} to refresh")
+        raise KeyError(f"{type(self).__name__} has no factor {factor!r}")
 
     def apply(self, state: State, m: Tensor, block: Block, options: Options) -> Tensor:
         """Precondition ``m``, ``(n, *block.shape)``; returns a new tensor of its shape."""

@@ -80,13 +80,13 @@ class SecondOrder(Optimizer):
     def _advance(self, bucket: Bucket, grads: list[Tensor], group: dict[str, Any]) -> None:
         """One step of one bucket: the equations at the top of this file, line by line."""
         g = self._exchange.collect(bucket, grads, group)
-        if bucket.block.shape:
+        if bucket.block.axes:
             with full_precision():
                 self.method.accumulate(bucket.state, g, bucket.block, group)
             refresh(self.method, bucket, group, self.stats)
         m = grafting.filtered(bucket, g, group)
         a = d = grafting.direction(bucket, g, m, group)
-        rows = ready(bucket, group) if bucket.block.shape else False
+        rows = ready(bucket, group) if bucket.block.axes else False
         if rows is not False:
             d = self.method.apply(bucket.state, m, bucket.block, group)
             if group["graft"] is not None:
@@ -115,7 +115,7 @@ class SecondOrder(Optimizer):
 
     def _layout(self, index: int, group: dict[str, Any]) -> Layout:
         layout = self._layouts.get(index)
-        if layout is None or not layout.fits(self.method, group):
+        if layout is None or not layout.fits(self.method, group, self.state):
             layout = self._layouts[index] = Layout(self.method, group, self.state)
         return layout
 

@@ -66,15 +66,17 @@ def route(name: str | None, shape: tuple[int, ...], options: Options) -> Route:
     Raises:
         ValueError: ``parts`` does not fit the shape.
     """
-    order = sum(d != 1 for d in shape)
     if prod(shape) == 0:
         return vector(shape, "empty")
-    if order == 0:
+    if not shape:
         return vector(shape, "a single number")
-    if order == 1 and not options["precondition_1d"]:
-        return vector(shape, "fewer than two axes")
     reasons: list[str] = []
-    policies = _policies(options["axes"])
+    spans = _parts(name, shape, options["parts"], reasons)
+    order = max(sum(d != 1 for d in part) for *_, part in spans)
+    if order == 0 or (order == 1 and not options["precondition_1d"]):
+        return vector(shape, "; ".join([*reasons, "fewer than two axes"]))
+    axes = options["axes"]
+    policies = (axes,) if isinstance(axes, str) else tuple(axes)
     if policies == ("auto",):
         if name is not None and len(shape) == 2 and EMBEDDING.search(name):
             policies = ("skip", "auto")
@@ -82,8 +84,7 @@ def route(name: str | None, shape: tuple[int, ...], options: Options) -> Route:
         elif len(shape) > 2 and shape[1] == 1 and shape[0] > 1:
             policies = ("skip", "auto")
             reasons.append("depthwise kernel: channels not mixed")
-    spans = _parts(name, shape, options["parts"], reasons)
-    tiles = tuple(_tile(span, shape, options, policies, reasons) for span in spans)
+    tiles = tuple(_tile(span, options, policies, reasons) for span in spans)
     if not any(tile.block.axes for tile in tiles):
         return vector(shape, "; ".join([*reasons, "no axis left to precondition"]))
     return Route(tiles, "; ".join(dict.fromkeys(reasons)) or f"{order} axes longer than 1")
@@ -106,7 +107,7 @@ def _parts(
     if parts is None:
         return [(0, None, 1, shape)]
     if parts == "experts":
-        if len(shape) < 3:
+        if len(shape) < 2:
             return [(0, None, 1, shape)]
         reasons.append(f"{rows} experts")
         return [(0, None, rows, rest)]
@@ -132,20 +133,11 @@ def _parts(
     return [(0, None, count, (rows // count, *rest))]
 
 
-def _policies(axes: str | tuple[str, ...]) -> tuple[str, ...]:
-    return (axes,) if isinstance(axes, str) else tuple(axes)
-
-
-def _tile(
-    span: Span,
-    shape: tuple[int, ...],
-    options: Options,
-    policies: tuple[str, ...],
-    reasons: list[str],
-) -> Tile:
+def _tile(span: Span, options: Options, policies: tuple[str, ...], reasons: list[str]) -> Tile:
     """Merge one part and cut every axis by its policy."""
     start, length, parts, part = span
-    # A depthwise or embedding rule speaks of axis 0 of the declared shape: keep that axis apart.
+    if sum(d != 1 for d in part) < 2 and not options["precondition_1d"]:
+        policies = ("skip",)
     merged = merge(part, options["max_order"]) or (1,)
     if len(merged) < len([d for d in part if d != 1]):
         reasons.append(f"merged to {'x'.join(map(str, merged))}")

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The shape of ``results.json``, and how it is written and read (docs/results-schema.md)."""
+
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any, Literal, TypedDict
+
+import torch
+
+import parabola
+from parabola.lab.errors import UsageError
+
+SCHEMA = "parabola.compare/1"
+Status = Literal["finished", "diverged", "interrupted", "failed"]
+
+
+class TrainCurve(TypedDict):
+    """Training loss by step and by second; long runs are thinned to means."""
+
+    step: list[int]
+    loss: list[float]
+    seconds: list[float]
+
+
+class EvalCurve(TypedDict):
+    """The deciding metric by step and by second, and all other metrics that the workload reports."""
+
+    step: list[int]
+    metric: list[float]
+    seconds: list[float]
+    others: dict[str, list[float]]
+
+
+class StepSeconds(TypedDict):
+    """Mean seconds of a training step, and of its two main parts."""
+
+    total: float
+    model: float
+    optimizer: float
+
+
+class Run(TypedDict):
+    """One training run: a workload, an optimizer, a seed."""
+
+    workload: str
+    optimizer: str
+    hyperparameters: dict[str, Any]
+    tuned: str
+    seed: int
+    status: Status
+    error: str | None
+    train: TrainCurve
+    eval: EvalCurve
+    final_metric: float | None
+    best_metric: float | None
+    target: float
+    steps_to_target: int | None
+    seconds_to_target: float | None
+    seconds_per_step: StepSeconds
+    compile_seconds: float
+    state_bytes: int
+    parameter_bytes: int
+    versions: dict[str, str]
+
+
+class WorkloadFacts(TypedDict):
+    """What the report says about the task."""
+
+    name: str
+    description: str
+    metric: str
+    goal: Literal["min", "max"]
+    target: float
+    steps: int
+    batch_size: int
+    parameters: int
+
+
+class Settings(TypedDict):
+    """What must be the same for runs to be comparable; `--resume` refuses anything else."""
+
+    workload: str
+    steps: int | None
+    seconds: float | None
+    device: str
+    threads: int
+
+
+class Results(TypedDict):
+    """The whole file."""
+
+    schema: str
+    created: str
+    workload: WorkloadFacts
+    environment: dict[str, str | int]
+    settings: Settings
+    runs: list[Run]
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides a run's numbers."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "parabola": parabola.__version__,
+    }
+
+
+def environment(device: torch.device) -> dict[str, str | int]:
+    """The machine, as far as it decides a run's seconds."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {
+        **versions(),
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+    }
+
+
+def write(results: Results, path: Path) -> None:
+    """Write the file so that it is always whole: to a neighbor, then renamed over it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    neighbor = path.with_name(path.name + ".part")
+    with neighbor.open("w", encoding="utf-8") as stream:
+        json.dump(results, stream, allow_nan=False, separators=(",", ":"))
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(neighbor, path)
+
+
+def read(path: Path) -> Results:
+    """Read a results file.
+
+    Raises:
+        UsageError: It is not JSON, or not of the schema that this version writes.
+    """
+    try:
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: cannot be read as JSON ({error})") from error
+    schema = loaded.get("schema") if isinstance(loaded, dict) else None
+    if schema != SCHEMA:
+        raise UsageError(f"{path}: schema is {schema!r}, this version of parabola reads {SCHEMA!r}")
+    results: Results = loaded
+    return results

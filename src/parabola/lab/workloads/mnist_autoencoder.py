@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The deep MNIST autoencoder, a classic of second-order methods (Hinton, Salakhutdinov 2006)."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from parabola.lab.data import read_idx, require, shuffled
+from parabola.lab.models import mlp
+from parabola.lab.workload import Setting, Workload
+
+_WIDTHS = [784, 1000, 500, 250, 30, 250, 500, 1000, 784]
+_SWEEP = "one-dimensional sweep of lr on seed 1000, 150 steps; the rest left at its default"
+
+
+class MnistAutoencoder(Workload):
+    """784-1000-500-250-30 and back, tanh units, linear code; sigmoid cross-entropy over pixels.
+
+    The metric is the loss on 10,000 fixed TRAINING images, on purpose: this is a test of
+    optimization, and the literature on it reports the training loss. The loss on the test images is
+    reported beside it.
+    """
+
+    name = "mnist-autoencoder"
+    description = "autoencoder 784-1000-500-250-30 and back on MNIST; the metric is training loss"
+    metric = "train_loss"
+    goal: Literal["min", "max"] = "min"
+    target = 80.0
+    steps = 600
+    batch_size = 1000
+    evaluations = 30
+    data_files: ClassVar[tuple[str, ...]] = (
+        "mnist/train-images-idx3-ubyte.gz",
+        "mnist/t10k-images-idx3-ubyte.gz",
+    )
+    settings: Mapping[str, Setting] = {
+        "adamw": Setting({"lr": 1e-3}, _SWEEP),
+        "sgd": Setting({"lr": 1e-2, "momentum": 0.9}, _SWEEP),
+        "muon": Setting({"lr": 1e-3}, _SWEEP),
+        "shampoo": Setting({"lr": 1e-3}, _SWEEP),
+    }
+
+    def load(self, data_dir: Path) -> None:
+        """Read the two image files of MNIST in idx format."""
+        source = (
+            "https://storage.googleapis.com/cvdf-datasets/mnist (see yann.lecun.com/exdb/mnist)"
+        )
+        train, test = (
+            read_idx(
+                require(data_dir / file, f"MNIST's {what} images, idx format, gzip", source)
+            ).flatten(1)
+            for file, what in zip(self.data_files, ("60,000 training", "10,000 test"), strict=True)
+        )
+        self.train, self.probe, self.test = train, train[:10_000], test
+
+    def model(self) -> nn.Module:
+        """The autoencoder with Glorot uniform weights and zero biases."""
+        model = mlp(_WIDTHS, nn.Tanh, linear_after=(4,))
+        for module in model:
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        return model
+
+    def batches(self, seed: int) -> Iterator[Tensor]:
+        """Images (1000, 784) in uint8."""
+        for index in shuffled(len(self.train), self.batch_size, seed):
+            yield self.train[index]
+
+    def loss(self, model: nn.Module, batch: Tensor) -> Tensor:
+        """Sigmoid cross-entropy in nats, summed over an image's pixels, mean over the batch."""
+        pixels = batch.float() / 255.0
+        total = functional.binary_cross_entropy_with_logits(model(pixels), pixels, reduction="sum")
+        return total / len(batch)
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Loss on the first 10,000 training images and on the test images."""
+        device = next(model.parameters()).device
+        return {
+            "train_loss": self._mean_loss(model, self.probe.to(device)),
+            "test_loss": self._mean_loss(model, self.test.to(device)),
+        }
+
+    def _mean_loss(self, model: nn.Module, images: Tensor) -> float:
+        # In pieces: ten thousand images at once would need several hundred MB of activations.
+        pieces = torch.split(images, 2500)
+        total = torch.stack([self.loss(model, piece) * len(piece) for piece in pieces]).sum()
+        return total.item() / len(images)

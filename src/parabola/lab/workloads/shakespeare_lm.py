@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A character transformer on Tiny Shakespeare, the corpus of Karpathy's char-rnn."""
+
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from parabola.lab.data import require, windows
+from parabola.lab.models import GPT
+from parabola.lab.schedules import warmup_cosine
+from parabola.lab.workload import Setting, Workload
+
+_CUSTOM = "customary values for small transformers; not searched"
+
+
+class ShakespeareLM(Workload):
+    """Next-character prediction; the first 90 % of the text is trained on, the last 10 % held out.
+
+    The metric is the cross-entropy in nats per character on a fixed sample of the held-out text.
+    The text is ASCII, so bytes below 128 are the vocabulary and the model does not depend on the
+    file.
+    """
+
+    name = "shakespeare-lm"
+    description = "character-level GPT (4 layers, width 128) on Tiny Shakespeare"
+    metric = "loss"
+    goal: Literal["min", "max"] = "min"
+    target = 1.65
+    steps = 1500
+    batch_size = 32
+    evaluations = 40
+    context = 128
+    data_files: ClassVar[tuple[str, ...]] = ("tinyshakespeare/input.txt",)
+    settings: Mapping[str, Setting] = {
+        "adamw": Setting({"lr": 3e-3, "betas": (0.9, 0.99), "weight_decay": 0.1}, _CUSTOM),
+        "sgd": Setting({"lr": 0.3, "momentum": 0.9}, _CUSTOM),
+        "muon": Setting({"lr": 3e-3, "betas": (0.9, 0.99), "weight_decay": 0.1}, _CUSTOM),
+        "shampoo": Setting({"lr": 3e-3, "betas": (0.9, 0.99), "weight_decay": 0.1}, _CUSTOM),
+    }
+
+    def load(self, data_dir: Path) -> None:
+        """Read ``tinyshakespeare/input.txt``."""
+        path = require(
+            data_dir / self.data_files[0],
+            "Tiny Shakespeare, about 1.1 MB of plain ASCII text",
+            "https://github.com/karpathy/char-rnn (data/tinyshakespeare/input.txt)",
+        )
+        text = torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
+        if int(text.max()) >= 128:
+            raise ValueError(f"{path}: byte {int(text.max())} is not ASCII")
+        cut = text.numel() * 9 // 10
+        if text.numel() - cut <= self.context + 1:
+            raise ValueError(
+                f"{path}: {text.numel()} characters are too few for windows of {self.context}"
+            )
+        self.train = text[:cut]
+        self.test = list(islice(windows(text[cut:], self.context, 64, seed=0), 4))
+
+    def model(self) -> nn.Module:
+        """A GPT over ASCII characters."""
+        return GPT(vocabulary=128, context=self.context, width=128, layers=4, heads=4)
+
+    def batches(self, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Characters and the characters that follow them, both (32, 128)."""
+        return windows(self.train, self.context, self.batch_size, seed)
+
+    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """Cross-entropy in nats per character."""
+        inputs, targets = batch
+        return functional.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Cross-entropy in nats per character over 32,768 held-out characters."""
+        device = next(model.parameters()).device
+        losses = [self.loss(model, (x.to(device), y.to(device))) for x, y in self.test]
+        return {"loss": torch.stack(losses).mean().item()}
+
+    def schedule(self, progress: float) -> float:
+        """Warm-up over 5 % of the run, then a cosine down to a tenth."""
+        return warmup_cosine(progress, floor=0.1)

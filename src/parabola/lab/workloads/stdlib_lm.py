@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A small transformer on the source of Python's standard library: real text without a download."""
+
+import hashlib
+import sysconfig
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from parabola.lab.data import windows
+from parabola.lab.errors import MissingDataError
+from parabola.lab.models import GPT
+from parabola.lab.schedules import warmup_cosine
+from parabola.lab.workload import Setting, Workload
+
+_SWEEP = "one-dimensional sweep of lr on seed 1000, 200 steps; the rest by custom"
+# Tests, other people's packages, and what distributors leave out: none of it is the library's text.
+_EXCLUDED = {
+    *("__pycache__", "dist-packages", "ensurepip", "idle_test", "idlelib", "lib2to3"),
+    *("site-packages", "test", "tests", "tkinter", "turtledemo"),
+}
+
+
+def library_files(root: Path) -> list[Path]:
+    """The library's Python files, relative to its root, in the order of their names."""
+    files = (path.relative_to(root) for path in root.rglob("*.py"))
+    # Files named _sysconfigdata* are written at build time and differ between machines.
+    kept = (
+        f for f in files if not _EXCLUDED & set(f.parts) and not f.name.startswith("_sysconfigdata")
+    )
+    return sorted(kept, key=lambda f: f.as_posix())
+
+
+def held_out(file: Path) -> bool:
+    """Whether a file belongs to the evaluation text: one in ten, by the hash of its name."""
+    return hashlib.sha256(file.as_posix().encode()).digest()[0] % 10 == 0
+
+
+class StdlibLM(Workload):
+    """Next-byte prediction on the standard library's ``.py`` files, split by file.
+
+    The metric is the cross-entropy in nats per byte on a fixed sample of held-out files. The text
+    is that of the running interpreter, so figures of different Python versions differ a little.
+    """
+
+    name = "stdlib-lm"
+    description = (
+        "byte-level GPT (2 layers, width 128) on the Python standard library's source; no download"
+    )
+    metric = "loss"
+    goal: Literal["min", "max"] = "min"
+    target = 1.75
+    steps = 800
+    batch_size = 32
+    evaluations = 40
+    context = 64
+    settings: Mapping[str, Setting] = {
+        "adamw": Setting({"lr": 3e-3, "betas": (0.9, 0.99), "weight_decay": 0.1}, _SWEEP),
+        "sgd": Setting({"lr": 0.3, "momentum": 0.9}, _SWEEP),
+        "muon": Setting({"lr": 3e-3, "betas": (0.9, 0.99), "weight_decay": 0.1}, _SWEEP),
+        "shampoo": Setting({"lr": 3e-3, "betas": (0.9, 0.99), "weight_decay": 0.1}, _SWEEP),
+    }
+
+    def load(self, data_dir: Path) -> None:
+        """Read the library of the running interpreter; the data folder is not used."""
+        root = Path(sysconfig.get_path("stdlib"))
+        files = library_files(root)
+        if not files:
+            what = "the source of Python's standard library"
+            raise MissingDataError(
+                root / "*.py", what, "a Python installation that ships its library as source files"
+            )
+        texts: dict[bool, list[bytes]] = {False: [], True: []}
+        for file in files:
+            texts[held_out(file)].append((root / file).read_bytes())
+        self.train = torch.frombuffer(bytearray(b"\n".join(texts[False])), dtype=torch.uint8)
+        test = torch.frombuffer(bytearray(b"\n".join(texts[True])), dtype=torch.uint8)
+        self.test = list(islice(windows(test, self.context, 128, seed=0), 4))
+
+    def model(self) -> nn.Module:
+        """A GPT over bytes."""
+        return GPT(vocabulary=256, context=self.context, width=128, layers=2, heads=4)
+
+    def batches(self, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Bytes and the bytes that follow them, both (32, 64)."""
+        return windows(self.train, self.context, self.batch_size, seed)
+
+    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """Cross-entropy in nats per byte."""
+        inputs, targets = batch
+        return functional.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Cross-entropy in nats per byte over 32,768 held-out bytes."""
+        device = next(model.parameters()).device
+        losses = [self.loss(model, (x.to(device), y.to(device))) for x, y in self.test]
+        return {"loss": torch.stack(losses).mean().item()}
+
+    def schedule(self, progress: float) -> float:
+        """Warm-up over 5 % of the run, then a cosine down to a tenth."""
+        return warmup_cosine(progress, floor=0.1)
