@@ -1,28 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line: ``parabola compare | tune | plan | list`` (extra ``parabola[lab]``)."""
 
-import ast
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
 import parabola
+from parabola.lab.arguments import budget_of, device_of, key_value, optimizer_names
 from parabola.lab.compare import Comparison, compare
 from parabola.lab.data import data_folder
-from parabola.lab.errors import MissingDataError, UsageError, unknown
+from parabola.lab.errors import MissingDataError, UsageError
 from parabola.lab.optimizers import OPTIMIZERS, check_options, entry
 from parabola.lab.progress import TensorBoard, watcher
 from parabola.lab.registry import find_model, find_workload
 from parabola.lab.results import Run
 from parabola.lab.tables import optimizer_table, summary_table, trial_table, workload_table
-from parabola.lab.train import Budget, Observer
-from parabola.lab.workload import Workload
+from parabola.lab.train import Observer
 
 
 class _Group(TyperGroup):
@@ -139,9 +137,9 @@ def compare_command(
         raise UsageError("--resume keeps the results, --overwrite replaces them: choose one")
     console = _console()
     task = find_workload(workload)
-    names = _optimizer_names(optimizers)
-    budget = _budget(task, steps, seconds)
-    place = _device(device, threads)
+    names = optimizer_names(optimizers)
+    budget = budget_of(task, steps, seconds)
+    place = device_of(device, threads)
     folder = out or Path("runs") / task.name
     task.load(data_folder(data_dir))
     path = folder / "results.json"
@@ -185,6 +183,10 @@ def tune_command(
         int, typer.Option(min=1, help="Trials to have in the end, earlier ones included.")
     ] = 30,
     steps: Steps = None,
+    search: Annotated[
+        str | None,
+        typer.Option(help="Options to search, by comma; the others keep their setting. [all]"),
+    ] = None,
     seed: Annotated[
         int, typer.Option(help="Seed of weights, batches and search; other than those of compare.")
     ] = 1000,
@@ -202,17 +204,26 @@ def tune_command(
     Ctrl-C, and a larger --trials adds to what is there. The first trial is the workload's present
     setting.
     """
-    from parabola.lab.tune import best_setting, finished, open_study, options_of, ranking, tune
+    from parabola.lab.tune import (
+        best_setting,
+        finished,
+        open_study,
+        options_of,
+        ranking,
+        subspace,
+        tune,
+    )
 
     console = _console()
     task = find_workload(workload)
-    budget = _budget(task, steps, None)
-    place = _device(device, threads)
+    budget = budget_of(task, steps, None)
+    place = device_of(device, threads)
     journal = (out or Path("runs") / task.name) / f"tune-{optimizer}.log"
-    study = open_study(task, optimizer, budget, seed, journal)
+    names = search.split(",") if search else None
+    study = open_study(task, optimizer, budget, seed, journal, names)
     task.load(data_folder(data_dir))
     left = max(0, trials - len(finished(study)))
-    space = entry(optimizer).space
+    space = subspace(optimizer, names)
     try:
         with watcher(console, task.metric, left, lambda run: _searched(run, space)) as view:
             tune(study, task, optimizer, trials, place, [view])
@@ -280,7 +291,7 @@ def plan_command(
         raise UsageError(
             f"plan knows the library's own optimizers ({', '.join(own)}), not {optimizer!r}"
         )
-    options = dict(_key_value(text) for text in option or [])
+    options = dict(key_value(text) for text in option or [])
     check_options(optimizer, options)
     try:
         plan = parabola.plan(find_model(model).named_parameters(), constructor, **options)
@@ -302,47 +313,6 @@ def _optimizer_and_seed(run: Run) -> str:
 def _searched(run: Run, space: Mapping[str, object]) -> str:
     options = run["hyperparameters"]
     return run["optimizer"] + " " + " ".join(f"{name}={options[name]}" for name in space)
-
-
-def _optimizer_names(text: str) -> list[str]:
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    if not names:
-        raise UsageError("--optimizers: give at least one name")
-    for name in names:
-        if name not in OPTIMIZERS:
-            raise unknown("optimizer", name, OPTIMIZERS)
-    return list(dict.fromkeys(names))
-
-
-def _budget(task: Workload, steps: int | None, seconds: float | None) -> Budget:
-    if steps is not None and seconds is not None:
-        raise UsageError("--steps and --seconds: give one of them")
-    return Budget(seconds=seconds) if seconds is not None else Budget(steps=steps or task.steps)
-
-
-def _device(name: str, threads: int | None) -> torch.device:
-    if threads is not None:
-        torch.set_num_threads(threads)
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(
-            f"--device {name!r} cannot be used: {str(error).splitlines()[0]}"
-        ) from error
-    return device
-
-
-def _key_value(text: str) -> tuple[str, Any]:
-    key, equals, value = text.partition("=")
-    if not equals or not key:
-        raise UsageError(f"--option {text!r}: write it as key=value")
-    try:
-        return key, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return key, value  # a plain word, for instance graft=rmsprop
 
 
 def main() -> None:

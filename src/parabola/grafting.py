@@ -84,7 +84,8 @@ def rescale(bucket: Bucket, d: Tensor, a: Tensor) -> Tensor:
     """``d <- d |a| / |d|``, in place, with the norms over every logical part of a parameter."""
     target, own = (_norm(bucket, x) for x in (a, d))
     factor = torch.where(own > 0, target / own, 0.0)
-    return d.mul_(bucket.expand(factor.repeat_interleave(bucket.per_part)))
+    d.mul_(bucket.expand(factor.repeat_interleave(bucket.per_part)))
+    return d
 
 
 def _norm(bucket: Bucket, x: Tensor) -> Tensor:
@@ -92,7 +93,8 @@ def _norm(bucket: Bucket, x: Tensor) -> Tensor:
     x = x.view(bucket.n // bucket.per_part, -1)
     largest = x.abs().amax(dim=1)
     scale = torch.where(largest > 0, largest, 1.0)
-    return torch.linalg.vector_norm(x / scale.unsqueeze(1), dim=1) * largest
+    norm: Tensor = torch.linalg.vector_norm(x / scale.unsqueeze(1), dim=1) * largest
+    return norm
 
 
 def momentum(bucket: Bucket, d: Tensor, options: Options) -> Tensor:

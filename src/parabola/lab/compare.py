@@ -81,10 +81,10 @@ def compare(
 def _planned(comparison: Comparison) -> list[Run]:
     workload = comparison.workload
     settings = {name: setting(workload, name) for name in comparison.optimizers}
-    for name, chosen in settings.items():
-        build(
-            name, workload.model(), chosen.options
-        )  # a refused value shows now, not after an hour
+    with torch.random.fork_rng(devices=[]):
+        for name, chosen in settings.items():
+            # A value that the optimizer refuses shows now, not after an hour.
+            build(name, workload.model(), chosen.options)
     return [
         new_run(workload, name, settings[name].options, settings[name].tuned, seed)
         for seed in range(comparison.seeds)

@@ -25,7 +25,7 @@ class TrainCurve(TypedDict):
 
 
 class EvalCurve(TypedDict):
-    """The deciding metric by step and by second, and all other metrics that the workload reports."""
+    """The deciding metric by step and by second, and all other metrics of the workload."""
 
     step: list[int]
     metric: list[float]

@@ -13,7 +13,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from parabola.lab.compare import setting
-from parabola.lab.errors import UsageError
+from parabola.lab.errors import UsageError, unknown
 from parabola.lab.optimizers import Choice, Range, entry
 from parabola.lab.results import Run
 from parabola.lab.train import Budget, Observer, new_run, train
@@ -23,7 +23,12 @@ _DONE = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
 def open_study(
-    workload: Workload, optimizer: str, budget: Budget, seed: int, journal: Path
+    workload: Workload,
+    optimizer: str,
+    budget: Budget,
+    seed: int,
+    journal: Path,
+    search: Sequence[str] | None = None,
 ) -> optuna.Study:
     """The study in the journal, or a new one whose first trial is the workload's present setting.
 
@@ -32,6 +37,7 @@ def open_study(
         optimizer: Name in the optimizer table.
         budget: Steps of each trial.
         seed: Seed of every trial's weights and batches, and of the sampler.
+        search: Options to search; the others stay at the present setting. None for all.
         journal: The file; it grows by a line an event, so an interruption loses at most the trial
             under way.
 
@@ -39,8 +45,9 @@ def open_study(
         UsageError: Unknown optimizer, or the journal was made with other settings.
     """
     present = setting(workload, optimizer)
+    space = subspace(optimizer, search)
     journal.parent.mkdir(parents=True, exist_ok=True)
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(
         study_name=f"{workload.name}/{optimizer}",
         storage=JournalStorage(JournalFileBackend(str(journal))),
@@ -51,11 +58,12 @@ def open_study(
             75.0, n_startup_trials=8, n_warmup_steps=(budget.steps or workload.steps) // 3
         ),
     )
-    made = {"steps": budget.steps, "seed": seed}
+    made = {"steps": budget.steps, "seed": seed, "search": list(space)}
     old = study.user_attrs.get("settings")
     if old is None:
         study.set_user_attr("settings", made)
-        study.enqueue_trial(_as_parameters(present.options, entry(optimizer).space))
+        for point in _first_points(_as_parameters(present.options, space), space):
+            study.enqueue_trial(point)
     elif old != made:
         raise UsageError(
             f"{journal} was made with {old}, not {made}: choose another --out or the same values"
@@ -86,7 +94,7 @@ def tune(
     settings = study.user_attrs["settings"]
     budget = Budget(steps=settings["steps"])
     base = setting(workload, optimizer).options
-    space = entry(optimizer).space
+    space = subspace(optimizer, settings["search"])
 
     def objective(trial: optuna.Trial) -> float:
         options = {**base, **_suggest(trial, space)}
@@ -131,10 +139,24 @@ def best_setting(study: optuna.Study, workload: Workload, optimizer: str) -> Set
     settings = study.user_attrs["settings"]
     options = {**setting(workload, optimizer).options, **options_of(best[0])}
     tuned = (
-        f"best of {len(finished(study))} trials of parabola tune (TPE), {settings['steps']} steps, "
-        f"seed {settings['seed']}: {workload.metric} {best[0].value:.4g}"
+        f"best of {len(finished(study))} trials of parabola tune over "
+        f"{', '.join(settings['search'])}, {settings['steps']} steps, seed {settings['seed']}: "
+        f"{workload.metric} {best[0].value:.4g}"
     )
     return Setting(options, tuned)
+
+
+def subspace(optimizer: str, search: Sequence[str] | None) -> dict[str, Range | Choice]:
+    """The search space of an optimizer, or the named part of it.
+
+    Raises:
+        UsageError: A name is not in the space; the text suggests near ones.
+    """
+    space = entry(optimizer).space
+    for name in search or ():
+        if name not in space:
+            raise unknown(f"searchable option of {optimizer}", name, space)
+    return {name: values for name, values in space.items() if search is None or name in search}
 
 
 def options_of(trial: FrozenTrial) -> dict[str, Any]:
@@ -178,6 +200,17 @@ def _as_parameters(
         elif options[name] in values.values:
             parameters[name] = json.dumps(options[name])
     return parameters
+
+
+def _first_points(
+    present: dict[str, Any], space: Mapping[str, Range | Choice]
+) -> list[dict[str, Any]]:
+    """The present setting; where one number is searched, also steps of two away from it."""
+    (name, values), *others = space.items()
+    if others or not isinstance(values, Range) or name not in present:
+        return [present]
+    sweep = [present[name] * factor for factor in (1.0, 2.0, 0.5, 4.0, 0.25)]
+    return [{name: value} for value in sweep if values.low <= value <= values.high]
 
 
 class _Pruning:

@@ -3,6 +3,13 @@
 
 from parabola.linalg.newton import largest_eigenvalue
 from parabola.linalg.precision import full_precision
-from parabola.linalg.roots import InverseRoot, Method, inverse_root
+from parabola.linalg.roots import InverseRoot, Method, inverse_root, supports
 
-__all__ = ["InverseRoot", "Method", "full_precision", "inverse_root", "largest_eigenvalue"]
+__all__ = [
+    "InverseRoot",
+    "Method",
+    "full_precision",
+    "inverse_root",
+    "largest_eigenvalue",
+    "supports",
+]

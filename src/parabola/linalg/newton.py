@@ -12,6 +12,7 @@ spectrum of the start below a bound, so the largest eigenvalue is estimated firs
   $Z \to (A/c)^{-1/2}$. A $2^k$-th root applies it k times, each time to the square root just found.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -84,7 +85,7 @@ def largest_eigenvalue(matrix: Tensor) -> Tensor:
     """
     check_matrix(matrix)
     n = matrix.shape[-1]
-    flat = matrix.reshape(-1, n, n)
+    flat = matrix.reshape(math.prod(matrix.shape[:-2]), n, n)
     if flat.numel() == 0:
         return matrix.new_zeros(matrix.shape[:-2])
     with full_precision(), torch.autocast(matrix.device.type, enabled=False):

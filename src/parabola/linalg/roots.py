@@ -27,7 +27,7 @@ _AUTO: dict[str, tuple[tuple[float, Method], ...]] = {
 
 # device type -> largest n at which a float32 matrix is decomposed in float64, because that costs
 # at most about 15 % of a root (measured by the same benchmark).
-_FLOAT64_UP_TO: dict[str, int] = {"cpu": 16}
+_FLOAT64_UP_TO: dict[str, int] = {"cpu": 24}
 
 _ACCEPT = 0.1
 _MAX_DAMPING = 1e-2
@@ -100,9 +100,8 @@ def inverse_root(
                 [0.0000, 1.0000]])
     """
     method = _checked_method(matrix, exponent, damping, method)
-    n = matrix.shape[-1]
-    flat = matrix.reshape(-1, n, n)
-    count = len(flat)
+    n, count = matrix.shape[-1], math.prod(matrix.shape[:-2])
+    flat = matrix.reshape(count, n, n)
     retries = torch.zeros(count, dtype=torch.int64, device=matrix.device)
     if flat.numel() == 0:
         residual = torch.zeros(count, dtype=torch.float64, device=matrix.device)
@@ -189,7 +188,7 @@ def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
 def _outer(half: Tensor) -> Tensor:
     """`half @ half.mT`; large ones on the CPU by row panels, which skips 3/8 of the products."""
     n = half.shape[-1]
-    if n < 128 or half.device.type != "cpu":
+    if n < 256 or half.device.type != "cpu":
         return half @ half.mT
     root = torch.empty(half.shape, dtype=half.dtype)
     panel = -(-n // 4)
@@ -201,7 +200,7 @@ def _outer(half: Tensor) -> Tensor:
 
 
 def _certificate(matrix: Tensor, attempt: _Attempt, exponent: float) -> Tensor:
-    """Residuals `(b,)`, a few items at a time: float64 copies of a whole stack would not be cheap."""
+    """Residuals `(b,)`, a few items at a time: float64 copies of a whole stack are not cheap."""
     b, n, _ = matrix.shape
     size = max(1, _CERTIFICATE_ELEMENTS.get(matrix.device.type, 1 << 24) // n**2)
     if b <= size:
@@ -242,8 +241,9 @@ def _residual(matrix: Tensor, attempt: _Attempt, exponent: float) -> Tensor:
         v = (weight * (start @ half)) @ half.mT @ x
         v = torch.baddbmm(ridge * v, v, a)
         v = (weight * (v @ x @ half)) @ half.mT
-    error: Tensor = torch.linalg.vector_norm(v - start, dim=(1, 2))
-    return error / torch.linalg.vector_norm(start[0])
+    norm = torch.linalg.vector_norm
+    relative: Tensor = norm(v - start, dim=(1, 2)) / norm(start[0])
+    return relative
 
 
 def _ladder(damping: float, dtype: torch.dtype) -> list[float]:
@@ -258,6 +258,15 @@ def _is_integer(value: float) -> bool:
     return abs(value - round(value)) <= 1e-9 * value
 
 
+def supports(method: Method, exponent: float) -> bool:
+    """Whether a method can take an exponent: newton takes 1/p, newton_schulz 1/2, 1/4, 1/8, ..."""
+    p = round(1 / exponent)
+    integer = p >= 1 and _is_integer(1 / exponent)
+    if method == "newton_schulz":
+        return integer and p >= 2 and p & (p - 1) == 0
+    return integer or method != "newton"
+
+
 def _checked_method(matrix: Tensor, exponent: float, damping: float, method: Method) -> Method:
     """Validate all arguments and resolve "auto"."""
     check_matrix(matrix)
@@ -267,19 +276,12 @@ def _checked_method(matrix: Tensor, exponent: float, damping: float, method: Met
         raise ValueError(f"Invalid damping: {damping} (allowed: finite, >= 0)")
     if method not in get_args(Method):
         raise ValueError(f"Invalid method: {method!r} (allowed: {', '.join(get_args(Method))})")
-    p = round(1 / exponent)
-    integer = p >= 1 and _is_integer(1 / exponent)
-    can = {
-        "eigh": True,
-        "newton": integer,
-        "newton_schulz": integer and p >= 2 and p & (p - 1) == 0,
-    }
     if method == "auto":
         table = _AUTO.get(matrix.device.type, ())
         fits = (name for limit, name in table if matrix.shape[-1] <= limit)
         method = next(fits, "eigh")
-        return method if can[method] else "eigh"
-    if not can[method]:
+        return method if supports(method, exponent) else "eigh"
+    if not supports(method, exponent):
         allowed = "1/p, p an integer" if method == "newton" else "1/2, 1/4, 1/8, ..."
         raise ValueError(f"Invalid exponent for method {method!r}: {exponent} (allowed: {allowed})")
     return method

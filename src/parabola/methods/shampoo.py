@@ -81,9 +81,10 @@ class ShampooMethod(Method):
     def refresh(self, state: State, factor: str, block: Block, options: Options) -> Refreshed:
         """Equation (2)."""
         statistic, exponent = state[factor], _exponent(block, options)
-        root = linalg.inverse_root(
-            statistic, exponent, damping=options["damping"], method=options["root"]
-        )
+        method: linalg.Method = options["root"]
+        if not linalg.supports(method, exponent):
+            method = "auto"
+        root = linalg.inverse_root(statistic, exponent, damping=options["damping"], method=method)
         values = root.root
         if options["trace_scaling"]:  # S <- S / sqrt(tr S): one scale for all axes of a tensor
             trace = statistic.diagonal(dim1=-2, dim2=-1).sum(-1)
@@ -131,7 +132,9 @@ class Shampoo(SecondOrder):
             ``"sign"``, or None for the direction's own length. The norm is taken over the whole
             parameter (over each declared part).
         exponent: Power of every root; None for 1/(2k) with k preconditioned axes.
-        root: Algorithm of ``parabola.linalg.inverse_root``; ``"auto"`` by device and size.
+        root: Algorithm of ``parabola.linalg.inverse_root``: ``"eigh"``, ``"newton"``,
+            ``"newton_schulz"``, or ``"auto"`` by device and size, which also stands in for an
+            algorithm that cannot take a block's exponent.
         trace_scaling: Divide every statistic by the root of its trace, which makes the direction
             of the order of the gradient's inverse scale; of use with ``graft=None``.
         block_size: Axes longer than this are cut into equal pieces.

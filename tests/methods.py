@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The table: every optimizer that must keep the contract, torch's own AdamW first as the yardstick.
+
+A new optimizer of the library is one more row here; a new promise is one more test in a
+`test_contract_*.py` file, where `every_method` and `every_engine_method` spread it over the rows.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+import parabola
+
+NEVER = 10**9  # a start_step that no test reaches
+
+
+@dataclass(frozen=True)
+class Twin:
+    """The optimizer of torch that a row equals while its preconditioning has not started."""
+
+    id: str
+    options: Mapping[str, Any]
+    reference: Callable[[Any], Optimizer]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One optimizer with settings under which a few steps exercise all of its code."""
+
+    id: str
+    cls: type[Optimizer]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    engine: bool = True  # keeps the promises of this library that torch.optim does not make
+    solo: bool = True  # a parameter's refresh steps do not depend on what else is in its group
+    refused: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # keyword -> bad values
+    twins: tuple[Twin, ...] = ()
+
+    def __call__(self, params: Any, **overrides: Any) -> Any:
+        return self.cls(params, **{**self.options, **overrides})
+
+    @property
+    def coupled(self) -> bool:
+        """Whether weight decay goes through the gradient."""
+        return not self.options.get("decoupled", True)
+
+    @property
+    def scale_free(self) -> bool:
+        """Whether a step is of the order of the learning rate, whatever the gradient's scale."""
+        return self.options.get("graft", "adam") in ("adam", "rmsprop", "adagrad")
+
+
+def _twins() -> tuple[Twin, ...]:
+    """Every graft's own step, written once with our keywords and once with torch's."""
+    wd = {"weight_decay": 0.05}
+    decayed = {"lr": 0.01, "start_step": NEVER, **wd}
+    coupled = {**decayed, "decoupled": False}
+    alone = {"betas": (0.0, 0.95)}  # these optimizers of torch have no first-moment filter
+    optim = torch.optim
+    return (
+        Twin(
+            "AdamW",
+            {**decayed, "betas": (0.8, 0.95)},
+            lambda p: optim.AdamW(p, 0.01, betas=(0.8, 0.95), **wd),
+        ),
+        Twin(
+            "Adam",
+            {**coupled, "betas": (0.8, 0.95), "eps": 1e-6},
+            lambda p: optim.Adam(p, 0.01, betas=(0.8, 0.95), eps=1e-6, **wd),
+        ),
+        Twin("SGD", {**coupled, **alone, "graft": "sgd"}, lambda p: optim.SGD(p, 0.01, **wd)),
+        Twin(
+            "SGD-momentum",
+            {**coupled, **alone, "graft": "sgd", "momentum": 0.9},
+            lambda p: optim.SGD(p, 0.01, momentum=0.9, **wd),
+        ),
+        Twin(
+            "SGD-nesterov",
+            {**coupled, **alone, "graft": "sgd", "momentum": 0.9, "nesterov": True},
+            lambda p: optim.SGD(p, 0.01, momentum=0.9, nesterov=True, **wd),
+        ),
+        Twin(
+            "Adagrad",
+            {**coupled, **alone, "graft": "adagrad", "eps": 1e-10},
+            lambda p: optim.Adagrad(p, 0.01, eps=1e-10, **wd),
+        ),
+        Twin(
+            "RMSprop",
+            {**coupled, **alone, "graft": "rmsprop"},
+            lambda p: optim.RMSprop(p, 0.01, alpha=0.95, **wd),
+        ),
+        Twin(
+            "RMSprop-momentum",
+            {**coupled, **alone, "graft": "rmsprop", "momentum": 0.9},
+            lambda p: optim.RMSprop(p, 0.01, alpha=0.95, momentum=0.9, **wd),
+        ),
+    )
+
+
+_TORCH_REFUSES = {
+    "lr": (-1.0, float("nan")),
+    "eps": (-1e-8,),
+    "betas": ((1.5, 0.9), (-0.1, 0.9), (0.9, -0.1), (0.9, 1.5)),
+    "weight_decay": (-0.1,),
+}
+_ENGINE_REFUSES = {
+    **_TORCH_REFUSES,
+    "betas": (*_TORCH_REFUSES["betas"], (1.0, 0.9), (0.9,), 0.9),
+    "lr": (*_TORCH_REFUSES["lr"], "fast", None),
+    "momentum": (-0.1,),
+    "damping": (-1e-6, float("nan")),
+    "graft": ("adamw", 3),
+    "update_every": (0, -1, 1.5),
+    "start_step": (-1, 2.5),
+    "nonfinite": ("hide", None),
+    "refresh": ("sometimes", None),
+}
+_SHAMPOO_REFUSES = {
+    **_ENGINE_REFUSES,
+    "exponent": (0.0, -0.25),
+    "root": ("cholesky", None),
+    "block_size": (0, -4, 2.5),
+    "max_order": (0, -1),
+    "skip_dim": (0, -1),
+    "axes": ("half", ("full", "half"), ()),
+    "parts": ("kqv", 0, (3, -1)),
+}
+
+# Small blocks and an early start, so that the eight steps of a contract cut, refresh and go stale.
+_EARLY = {"lr": 0.01, "block_size": 4, "update_every": 2, "start_step": 1}
+
+
+def _shampoo(
+    name: str, *, solo: bool = True, twins: tuple[Twin, ...] = (), **options: Any
+) -> Method:
+    return Method(
+        f"shampoo-{name}",
+        parabola.Shampoo,
+        {**_EARLY, **options},
+        solo=solo,
+        refused=_SHAMPOO_REFUSES,
+        twins=twins,
+    )
+
+
+METHODS = [
+    Method(
+        "torch-adamw",
+        torch.optim.AdamW,
+        {"lr": 0.01, "weight_decay": 0.0},
+        engine=False,
+        refused=_TORCH_REFUSES,
+    ),
+    _shampoo("adam", twins=_twins()),
+    _shampoo("sgd", graft="sgd", betas=(0.0, 1.0), momentum=0.9, nesterov=True, decoupled=False),
+    _shampoo("one-sided", axes=("auto", "skip"), graft="rmsprop"),
+    _shampoo("bare", graft=None, trace_scaling=True, exponent=0.5),
+    _shampoo("order3", max_order=3, graft="adagrad", momentum=0.5, precondition_1d=True),
+    _shampoo("staggered", solo=False, refresh="staggered", update_every=3),
+    _shampoo("newton", root="newton"),
+    _shampoo("newton-schulz", root="newton_schulz"),
+]
+
+
+def over(rows: list[Method]) -> Any:
+    """Spread a test over some rows."""
+    return pytest.mark.parametrize("method", rows, ids=lambda method: method.id)
+
+
+every_method = over(METHODS)
+"""Spread a test over all rows: a promise that torch.optim keeps as well."""
+
+every_engine_method = over([method for method in METHODS if method.engine])
+"""Spread a test over the rows of this library: a promise beyond torch.optim."""
+
+every_solo_method = over([method for method in METHODS if method.solo])
+"""Spread a test over the rows in which a parameter's run cannot depend on its neighbours."""
+
+
+# Every kind of parameter that a model may hold: scalar, empty, vectors, one to five axes.
+SHAPES = ((), (0,), (5,), (1, 6), (7, 3), (4, 9), (4, 3, 2), (3, 2, 2, 3), (2, 2, 3, 2, 2))
+
+
+def make_params(
+    shapes: tuple[tuple[int, ...], ...] = SHAPES, dtype: torch.dtype = torch.float64, seed: int = 0
+) -> list[torch.nn.Parameter]:
+    """The same parameters for the same seed."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype))
+        for shape in shapes
+    ]
+
+
+def make_grads(params: list[Any], step: int) -> list[Tensor]:
+    """Gradients that depend on the step and on the parameter's place only."""
+    grads = []
+    for i, p in enumerate(params):
+        generator = torch.Generator().manual_seed(1000 * step + i)
+        noise = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+        grads.append(noise.to(p.dtype))
+    return grads
+
+
+def give_grads(params: list[Any], step: int) -> None:
+    """Fill `.grad` for one step."""
+    for p, grad in zip(params, make_grads(params, step), strict=True):
+        p.grad = grad
+
+
+def train(optimizer: Optimizer, params: list[Any], steps: range | int) -> None:
+    """Take steps on the seeded gradients; a range continues where another left off."""
+    for step in range(steps) if isinstance(steps, int) else steps:
+        give_grads(params, step)
+        optimizer.step()
+
+
+def snapshot(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """A detached copy of the whole state, parameter by parameter."""
+    return [
+        {k: v.clone() if isinstance(v, Tensor) else v for k, v in optimizer.state[p].items()}
+        if p in optimizer.state
+        else {}
+        for group in optimizer.param_groups
+        for p in group["params"]
+    ]
+
+
+def assert_same(left: Any, right: Any) -> None:
+    """Bitwise equality of tensors inside lists and dictionaries; NaN equals NaN."""
+    torch.testing.assert_close(left, right, rtol=0, atol=0, equal_nan=True)
