@@ -15,7 +15,7 @@ help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile
 
 demo: $(VENV)/ready ## train the optimizers on real data, write demo-report/report.html
-	@$(PY) -m parabola.cli compare digits --seeds 3 --out demo-report
+	@$(PY) -m parabola.cli compare digits --seeds 3 --out demo-report --overwrite
 	@echo "Open $(CURDIR)/demo-report/report.html in a browser."
 
 test: $(VENV)/ready ## run every test

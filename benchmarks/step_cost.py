@@ -26,6 +26,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -126,6 +127,15 @@ class Entry:
     def state(self) -> list[Tensor]:
         return tensors_of([dict(o.state) for o in self.optimizers])
 
+    def refresh(self, plain: float) -> float:
+        """What the slowest step of a cycle takes beyond a plain one, at least.
+
+        Schedules that count in other ways than in steps leave out a cycle now and then: one whose
+        slowest step has not half of the usual excess does not count.
+        """
+        excess = [max(cycle) - plain for cycle in self.cycles]
+        return min(x for x in excess if x >= median(excess) / 2)
+
     def plain_demand(self) -> Demand:
         """Of two consecutive steps, the lighter one: a refresh may fall on the other."""
         found = []
@@ -138,11 +148,11 @@ class Entry:
         """Everything that is reported of it, as plain data; times in seconds."""
         plain = min(map(min, self.cycles))
         steps = [seconds for cycle in self.cycles for seconds in cycle]
-        refresh = min(map(max, self.cycles)) - plain if self.contender.refreshes else 0.0
+        refresh = self.refresh(plain) if self.contender.refreshes else 0.0
         positions = [min(column) for column in zip(*self.cycles, strict=True)]
         state_bytes = sum(tensor.nbytes for tensor in self.state())
         needs = self.plain_demand()
-        flops = dict(needs.flops)
+        flops = needs.flops
         planned = None
         if self.contender.kind in ("parabola", "graft", "twin"):
             planned = sum(o.plan().step_flops for o in self.optimizers)

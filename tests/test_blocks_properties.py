@@ -39,7 +39,7 @@ def numbered(shapes, dtype=torch.float64):
 
 
 def routed(params, options):
-    defaults = Shampoo([torch.nn.Parameter(torch.zeros(2, 2))], **options).defaults
+    defaults = Shampoo([torch.nn.Parameter(torch.zeros(6, 6))], **options).defaults
     parts = options["parts"]
     count = {"qkv": 3, "experts": 1, None: 1, "auto": 1}.get(parts, parts)
     assume(all(p.dim() < 2 or p.shape[0] % count == 0 for p in params))

@@ -35,20 +35,35 @@ def test_a_failed_root_keeps_the_old_one(root):
     assert all(torch.isfinite(p).all() for p in params)
 
 
-def test_after_three_failures_the_parameter_takes_the_grafts_step():
+@pytest.mark.parametrize("block_size", [1024, 2], ids=["whole", "cut"])
+def test_after_three_failures_the_parameter_takes_the_grafts_step(block_size):
+    """All of it, also where only one of its blocks has failed."""
     params = make_params(((4, 3), (4, 3), (5, 2)))
-    optimizer = spoiled(params)
+    optimizer = spoiled(params, block_size=block_size)
     train(optimizer, params, range(3, 5))
     with pytest.warns(RuntimeWarning, match="failed 3 times in a row"):
         train(optimizer, params, range(5, 6))
     assert optimizer.stats["fallbacks"] == 1
-    state = {k: v.clone() for k, v in optimizer.state[params[0]].items()}
     before = params[0].detach().clone()
     train(optimizer, params, range(6, 7))
-    (grad,) = make_grads(params[:1], 6)
-    m = (0.9 * state["b0/exp_avg"] + 0.1 * grad) / (1 - 0.9**7)
-    v = (0.99 * state["b0/exp_avg_sq"] + 0.01 * grad**2) / (1 - 0.99**7)
-    torch.testing.assert_close(before - params[0].detach(), 0.01 * m / (v.sqrt() + 1e-8))
+    m = v = torch.zeros(4, 3, dtype=torch.float64)
+    for step in range(7):
+        grad = make_grads(params, step)[0]
+        m, v = 0.9 * m + 0.1 * grad, 0.99 * v + 0.01 * grad**2
+    expected = 0.01 * m / (1 - 0.9**7) / ((v / (1 - 0.99**7)).sqrt() + 1e-8)
+    torch.testing.assert_close(before - params[0].detach(), expected)
+
+
+def test_failures_count_also_while_a_neighbor_has_no_gradient():
+    params = make_params(((4, 3), (4, 3)))
+    optimizer = spoiled(params)
+    for step in range(3, 6):
+        params[0].grad, params[1].grad = make_grads(params, step)[0], None
+        if step < 5:
+            optimizer.step()
+    with pytest.warns(RuntimeWarning, match="failed 3 times in a row"):
+        optimizer.step()
+    assert optimizer.stats["fallbacks"] == 1
 
 
 def test_the_neighbors_of_a_failed_root_go_their_way():

@@ -56,6 +56,24 @@ def root_key(block, axis):
     return f"b{block}/{('left', 'right', 'axis2')[axis]}_root"
 
 
+def test_a_staggered_root_that_came_early_waits_for_its_own_start():
+    """Until its own clock passes start_step, a parameter takes the graft's step."""
+    shapes = ((4, 3), (4, 3))
+    params, grafted = make_params(shapes), make_params(shapes)
+    options = {**BASE, "start_step": 6, "update_every": 3}
+    optimizer = Shampoo(params, refresh="staggered", **options)
+    other = Shampoo(grafted, **{**options, "start_step": 10**9})
+    for step in range(10):
+        for its_params, one in ((params, optimizer), (grafted, other)):
+            for p, grad in zip(its_params, make_grads(its_params, step), strict=True):
+                p.grad = grad
+            if step in (1, 3, 4, 5):
+                its_params[1].grad = None
+            one.step()
+    assert (params[0] - grafted[0]).abs().max() > 1e-3  # nine steps and more
+    torch.testing.assert_close(params[1], grafted[1], rtol=1e-12, atol=1e-12)  # six
+
+
 def test_scheduled_hyperparameters_reach_the_next_step():
     params = make_params(SHAPES)
     optimizer, loops = Shampoo(params, **BASE), [ShampooOracle(p, **LOOP) for p in params]

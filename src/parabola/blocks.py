@@ -181,6 +181,11 @@ class Bucket:
         return [m.param for m in self.members]
 
     @cached_property
+    def slots(self) -> list[int]:
+        """Index of each member's parameter in the layout."""
+        return [m.slot for m in self.members]
+
+    @cached_property
     def splits(self) -> list[int]:
         """Rows of each member."""
         return [m.tile.rows for m in self.members]
@@ -252,7 +257,7 @@ class Bucket:
     def index(self, chosen: Sequence[int]) -> Tensor:
         """Rows of the chosen members, ``(k,)`` int64 on the host."""
         members = (self.members[i] for i in chosen)
-        return torch.cat([torch.arange(m.start, m.end) for m in members])
+        return torch.cat([torch.arange(m.start, m.end, device="cpu") for m in members])
 
     def subset(self, chosen: Sequence[int]) -> "Bucket":
         """A bucket of copies for some of the members; `restore` brings them back."""
@@ -324,7 +329,7 @@ def build(
         n = mates[-1].end
         state = {k: new_state(e, n, dtype, device) for k, e in entries(block).items()}
         k = len(factors(block))
-        refreshed, failures = (torch.zeros(n if k else 0, k, dtype=torch.int32) for _ in range(2))
-        phase = torch.zeros(n if k else 0, k, dtype=torch.int64)
-        buckets.append(Bucket(mates, block, dtype, device, state, refreshed, failures, phase))
+        host = torch.zeros(n if k else 0, k, dtype=torch.int32, device="cpu")
+        bookkeeping = (host, host.clone(), host.to(torch.int64))
+        buckets.append(Bucket(mates, block, dtype, device, state, *bookkeeping))
     return buckets

@@ -36,40 +36,39 @@ def new_stats() -> Stats:
     }
 
 
-Named = Sequence[tuple[Tensor, str]]
-"""Gradients with the names of their parameters."""
+Grads = Sequence[Tensor | None]
+"""Gradients of a group's parameters, None where there is none."""
 
 
-def refuse(grads: Named) -> None:
+def refuse(grads: Grads, names: Sequence[str]) -> None:
     """Raise RuntimeError on a gradient that no method can take."""
-    for g, name in grads:
-        if g.layout != torch.strided:
+    for g, name in zip(grads, names, strict=True):
+        if g is not None and g.layout is not torch.strided:
             raise RuntimeError(
                 f"parabola optimizers do not support sparse gradients; the gradient of {name} has "
                 f"layout {g.layout}; allowed: dense (for an embedding: sparse=False)"
             )
 
 
-def all_finite(grads: Named) -> bool:
-    """True if no gradient holds NaN or Inf. One host synchronization on an accelerator."""
-    by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for g, _ in grads:
-        by_kind.setdefault((g.device, g.dtype), []).append(g)
-    for kind in by_kind.values():
-        small = [g for g in kind if g.numel() < SMALL]
-        large = [g for g in kind if g.numel() >= SMALL]
-        # A sum is finite only if all its terms are; the reverse fails only by overflow, so the
-        # exact test is needed only when a sum is not finite.
-        sums = [_flatten_dense_tensors(small).sum()] if small else []  # type: ignore[no-untyped-call]
-        total = torch.stack([*sums, *(g.sum() for g in large)]).sum()
-        if not torch.isfinite(total) and not all(bool(torch.isfinite(g).all()) for g in kind):
-            return False
-    return True
+def all_finite(grads: Sequence[Tensor]) -> bool:
+    """True if no gradient holds NaN or Inf. One host synchronization for each accelerator."""
+    devices = {g.device for g in grads}
+    if len(devices) > 1:
+        return all(all_finite([g for g in grads if g.device == d]) for d in devices)
+    small = [g for g in grads if g.numel() < SMALL]
+    sums = [g.sum() for g in grads if g.numel() >= SMALL]
+    if small:
+        sums.append(_flatten_dense_tensors(small).sum())  # type: ignore[no-untyped-call]
+    # A sum is finite only if all its terms are; the reverse fails only by overflow, so the exact
+    # test is needed only when the sum is not finite.
+    total = torch.stack([x.double() for x in sums]).sum()
+    return bool(torch.isfinite(total)) or all(bool(torch.isfinite(g).all()) for g in grads)
 
 
-def on_nonfinite(stats: Stats, grads: Named, policy: str) -> None:
+def on_nonfinite(stats: Stats, grads: Grads, names: Sequence[str], policy: str) -> None:
     """Count a skipped group, warn the first time, or raise RuntimeError with ``policy="raise"``."""
-    bad = [name for g, name in grads if not bool(torch.isfinite(g).all())]
+    named = zip(grads, names, strict=True)
+    bad = [name for g, name in named if g is not None and not bool(torch.isfinite(g).all())]
     shown = ", ".join(bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
     text = f"non-finite gradient in {shown}"
     if policy == "raise":
@@ -97,14 +96,14 @@ def on_failed_roots(stats: Stats, failures: Tensor, policy: str) -> None:
     stats["root_failures"] += len(failures)
     if policy == "raise":
         raise RuntimeError(
-            f"{len(failures)} inverse roots failed in float64 with raised damping; the previous "
+            f"{len(failures)} inverse root(s) failed in float64 with raised damping; the previous "
             "roots were kept (nonfinite='raise')"
         )
     fallen = int((failures == STRIKES).sum())
     if fallen and stats["fallbacks"] == 0:
         warnings.warn(
-            f"the roots of {fallen} blocks failed {STRIKES} times in a row: their parameters take "
-            "the graft's step until a refresh succeeds. Counted in opt.stats['fallbacks'].",
+            f"the roots of {fallen} block(s) failed {STRIKES} times in a row: their parameters "
+            "take the graft's step until a refresh succeeds, counted in opt.stats['fallbacks']",
             RuntimeWarning,
             stacklevel=5,
         )

@@ -22,6 +22,9 @@ from torch import Tensor
 from parabola.blocks import Bucket
 from parabola.method import Entry, Options
 
+PLAIN = (1e-12, 1e12)
+"""Norms in this range need no scaling: entries that would vanish squared do not count there."""
+
 SECOND_MOMENT = ("adam", "rmsprop", "adagrad")
 """Grafts that keep second moments."""
 
@@ -91,6 +94,9 @@ def rescale(bucket: Bucket, d: Tensor, a: Tensor) -> Tensor:
 def _norm(bucket: Bucket, x: Tensor) -> Tensor:
     """Norms ``(parts,)``, scaled by the largest entry so that 1e-25 and 1e18 survive float32."""
     x = x.view(bucket.n // bucket.per_part, -1)
+    plain: Tensor = torch.linalg.vector_norm(x, dim=1)
+    if x.device.type == "cpu" and bool(((plain > PLAIN[0]) & (plain < PLAIN[1])).all()):
+        return plain  # squares neither overflow nor vanish (asking an accelerator would stall it)
     largest = x.abs().amax(dim=1)
     scale = torch.where(largest > 0, largest, 1.0)
     norm: Tensor = torch.linalg.vector_norm(x / scale.unsqueeze(1), dim=1) * largest

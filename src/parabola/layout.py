@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from parabola import blocks, grafting
-from parabola.blocks import Bucket, Member
+from parabola.blocks import Bucket
 from parabola.method import Block, Entry, Method, Options
 from parabola.refresh import assign_phases
 from parabola.routing import STRUCTURAL, Route, route
@@ -85,7 +85,7 @@ class Layout:
         self._idle = [p for p in group["params"] if not _wanted(p)]
         self.params = [p for p, _, _ in kept]
         self.names = [name for _, name, _ in kept]
-        self.steps = torch.zeros(len(kept), dtype=torch.float32)
+        self.steps = torch.zeros(len(kept), dtype=torch.float32, device="cpu")
         self.buckets = blocks.build(
             self.params,
             [r.tiles for _, _, r in kept],
@@ -117,6 +117,7 @@ class Layout:
     def _claim(self, own: dict[str, Any], key: str, view: Tensor, name: str) -> None:
         old = own.get(key)
         if old is not None:
+            old = torch.as_tensor(old)  # old checkpoints of torch.optim count steps in numbers
             if tuple(old.shape) != tuple(view.shape):
                 raise ValueError(
                     f"state {key!r} of {name} has shape {tuple(old.shape)}, expected "
@@ -151,29 +152,27 @@ class Layout:
         untouched, as in torch.optim.
         """
         present = [i for i, g in enumerate(grads) if g is not None]
-        for i in present:
-            self.ticks[i] += 1
+        self.ticks = [t + (g is not None) for t, g in zip(self.ticks, grads, strict=True)]
         if len(present) == len(grads):
             self.steps.add_(1)
         else:
             self.steps[present] += 1
         for bucket in self.buckets:
-            chosen = [i for i, m in enumerate(bucket.members) if grads[m.slot] is not None]
+            chosen = [i for i, slot in enumerate(bucket.slots) if grads[slot] is not None]
             if not chosen:
                 continue
             whole = len(chosen) == len(bucket.members)
             work = bucket if whole else bucket.subset(chosen)
-            work.t = self._clock(work.members)
-            mine = [grads[m.slot] for m in work.members]
-            steps = [self.step_views[m.slot] for m in work.members]
-            yield work, [g for g in mine if g is not None], steps
+            work.t = self._clock(work)
+            mine = [g for slot in work.slots if (g := grads[slot]) is not None]
+            yield work, mine, [self.step_views[slot] for slot in work.slots]
             if not whole:
                 bucket.restore(work, chosen)
 
-    def _clock(self, members: Sequence[Member]) -> int | Tensor:
+    def _clock(self, bucket: Bucket) -> int | Tensor:
         """Steps of the rows: one number, or one a row where they differ."""
-        ticks = [self.ticks[m.slot] for m in members]
+        ticks = [self.ticks[slot] for slot in bucket.slots]
         if ticks.count(ticks[0]) == len(ticks):
             return ticks[0]
-        rows = torch.tensor([m.tile.rows for m in members])
-        return torch.tensor(ticks).repeat_interleave(rows)
+        rows = torch.tensor(bucket.splits, device="cpu")
+        return torch.tensor(ticks, device="cpu").repeat_interleave(rows)

@@ -23,7 +23,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from parabola import faults, grafting
 from parabola.blocks import Bucket
 from parabola.distributed import Exchange, Local
-from parabola.layout import Layout
+from parabola.layout import Layout, routes_of
 from parabola.linalg import full_precision
 from parabola.method import Method
 from parabola.options import validate
@@ -104,12 +104,12 @@ class SecondOrder(Optimizer):
                 continue
             layout = self._layout(index, group)
             grads = [p.grad for p in layout.params]
-            present = [(g, n) for g, n in zip(grads, layout.names, strict=True) if g is not None]
-            faults.refuse(present)
-            found.append((group, layout, grads, present))
-        for group, layout, grads, present in found:
-            if group["nonfinite"] != "ignore" and not faults.all_finite(present):
-                faults.on_nonfinite(self.stats, present, group["nonfinite"])
+            faults.refuse(grads, layout.names)
+            found.append((group, layout, grads))
+        for group, layout, grads in found:
+            given = [g for g in grads if g is not None]
+            if group["nonfinite"] != "ignore" and not faults.all_finite(given):
+                faults.on_nonfinite(self.stats, grads, layout.names, group["nonfinite"])
                 continue
             yield group, layout, grads
 
@@ -134,6 +134,7 @@ class SecondOrder(Optimizer):
         group = self.param_groups[-1]
         try:
             validate(group, self.method.checks)
+            routes_of(group)  # refuses parts that do not fit a shape
             for p in group["params"]:
                 if p.is_complex():
                     raise ValueError(

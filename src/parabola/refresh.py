@@ -81,12 +81,12 @@ def due(bucket: Bucket, column: int, options: Options) -> Tensor | None:
     since = bucket.t - 1 - start
     earliest = 0 if options["refresh"] == "inline" else 1 - every
     if isinstance(since, int) and since < earliest:
-        return torch.empty(0, dtype=torch.int64)
+        return torch.empty(0, dtype=torch.int64, device="cpu")
     turn = (since - bucket.phase[:, column]) % every == 0
-    turn &= torch.as_tensor(since >= earliest)
+    turn &= torch.as_tensor(since >= earliest, device="cpu")
     # A row without any root yet (its offset fell before the first step) does not wait for its turn.
     missing = (bucket.refreshed[:, column] == 0) & (bucket.failures[:, column] < STRIKES)
-    turn |= missing & torch.as_tensor(since >= 0)
+    turn |= missing & torch.as_tensor(since >= 0, device="cpu")
     return None if bool(turn.all()) else turn.nonzero().flatten()
 
 
@@ -122,7 +122,7 @@ def snapshot(method: Method, bucket: Bucket, options: Options) -> list[Job]:
 
 def adopt(bucket: Bucket, job: Job, result: Refreshed, stats: Stats) -> None:
     """Take over the rows that succeeded; the others keep what they had and are counted."""
-    rows = torch.arange(bucket.n) if job.rows is None else job.rows
+    rows = torch.arange(bucket.n, device="cpu") if job.rows is None else job.rows
     report = torch.stack([result.ok.to(torch.int64), result.retries.to(torch.int64)]).cpu()
     ok, retries = report[0].bool(), report[1]
     for key, value in result.tensors.items():
@@ -133,7 +133,7 @@ def adopt(bucket: Bucket, job: Job, result: Refreshed, stats: Stats) -> None:
             chosen = rows[ok].to(bucket.device)
             bucket.state[key].index_copy_(0, chosen, value[on_device].to(bucket.dtype))
     steps = bucket.t if isinstance(bucket.t, int) else bucket.t[rows[ok]].to(torch.int32)
-    bucket.refreshed[rows[ok], job.column] = torch.as_tensor(steps, dtype=torch.int32)
+    bucket.refreshed[rows[ok], job.column] = torch.as_tensor(steps, dtype=torch.int32, device="cpu")
     bucket.failures[rows[ok], job.column] = 0
     bucket.failures[rows[~ok], job.column] += 1
     stats["refreshes"] += int(ok.sum())

@@ -40,7 +40,7 @@ def probes(n: int, count: int, like: Tensor) -> Tensor:
     see the same vectors and the user's random stream is left alone.
     """
     generator = torch.Generator().manual_seed(1729)
-    return torch.randn(n, count, generator=generator, dtype=torch.float64).to(like)
+    return torch.randn(n, count, generator=generator, dtype=torch.float64, device="cpu").to(like)
 
 
 def normalize(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -190,7 +190,7 @@ def _outer(half: Tensor) -> Tensor:
     n = half.shape[-1]
     if n < 256 or half.device.type != "cpu":
         return half @ half.mT
-    root = torch.empty(half.shape, dtype=half.dtype)
+    root = torch.empty(half.shape, dtype=half.dtype, device=half.device)
     panel = -(-n // 4)
     for low in range(0, n, panel):
         rows = slice(low, low + panel)
