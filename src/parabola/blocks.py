@@ -152,6 +152,7 @@ class Bucket:
         failures: ``(n, factors)`` int32 on the host: consecutive failed refreshes.
         phase: ``(n, factors)`` int64 on the host: offset of each factor's refresh step.
         t: Step count of the rows, an int or, where they differ, ``(n,)`` int64 on the host.
+        settled: True when the last refresh left a sound root for every factor of every row.
     """
 
     members: list[Member]
@@ -163,6 +164,7 @@ class Bucket:
     failures: Tensor
     phase: Tensor
     t: int | Tensor = 0
+    settled: bool = False
     _vectors: dict[str, list[Tensor]] = field(default_factory=dict)
 
     @cached_property
@@ -283,6 +285,7 @@ class Bucket:
         if len(self.refreshed):
             self.refreshed[rows] = subset.refreshed
             self.failures[rows] = subset.failures
+            self.settled = False
 
 
 def state_dtype(param: Tensor) -> torch.dtype:

@@ -18,7 +18,7 @@ from parabola.lab.errors import MissingDataError, UsageError
 from parabola.lab.optimizers import OPTIMIZERS, check_options, entry
 from parabola.lab.progress import TensorBoard, watcher
 from parabola.lab.registry import find_model, find_workload
-from parabola.lab.results import Run
+from parabola.lab.results import Run, read
 from parabola.lab.tables import optimizer_table, summary_table, trial_table, workload_table
 from parabola.lab.train import Observer
 
@@ -146,6 +146,9 @@ def compare_command(
     if overwrite:
         path.unlink(missing_ok=True)
     observers: list[Observer] = [TensorBoard(folder / "tensorboard")] if tensorboard else []
+    from parabola.lab.report import write_report
+
+    report = folder / "report.html"
     comparison = Comparison(task, names, seeds, budget, place)
     try:
         with watcher(console, task.metric, len(names) * seeds, _optimizer_and_seed) as view:
@@ -156,10 +159,9 @@ def compare_command(
             fg="yellow",
             err=True,
         )
+        if path.exists():
+            write_report(dict(read(path)), report)
         raise typer.Exit(130) from None
-    from parabola.lab.report import write_report
-
-    report = folder / "report.html"
     write_report(dict(results), report)
     console.print(summary_table(results))
     console.print(

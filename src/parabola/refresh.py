@@ -79,8 +79,11 @@ def due(bucket: Bucket, column: int, options: Options) -> Tensor | None:
     """Rows whose factor is due at ``bucket.t``: ``(m,)`` int64 on the host, or None for all."""
     every, start = options["update_every"], options["start_step"]
     since = bucket.t - 1 - start
-    earliest = 0 if options["refresh"] == "inline" else 1 - every
-    if isinstance(since, int) and since < earliest:
+    inline = options["refresh"] == "inline"
+    earliest = 0 if inline else 1 - every
+    if isinstance(since, int) and (
+        since < earliest or (inline and bucket.settled and since % every != 0)
+    ):
         return torch.empty(0, dtype=torch.int64, device="cpu")
     turn = (since - bucket.phase[:, column]) % every == 0
     turn &= torch.as_tensor(since >= earliest, device="cpu")
@@ -96,8 +99,8 @@ def ready(bucket: Bucket, options: Options) -> bool | Tensor:
     A parameter part takes part only as a whole: all its blocks, all their factors.
     """
     started = bucket.t > options["start_step"]
-    if started is False:
-        return False
+    if isinstance(started, bool) and (bucket.settled or not started):
+        return started
     rows = ((bucket.refreshed > 0) & (bucket.failures < STRIKES)).all(dim=1) & started
     parts = rows.view(-1, bucket.per_part).all(dim=1)
     if bool(parts.all()):
@@ -125,17 +128,18 @@ def adopt(bucket: Bucket, job: Job, result: Refreshed, stats: Stats) -> None:
     rows = torch.arange(bucket.n, device="cpu") if job.rows is None else job.rows
     report = torch.stack([result.ok.to(torch.int64), result.retries.to(torch.int64)]).cpu()
     ok, retries = report[0].bool(), report[1]
+    all_ok = bool(ok.all())
     for key, value in result.tensors.items():
-        if job.rows is None and bool(ok.all()):
+        if job.rows is None and all_ok:
             bucket.state[key].copy_(value)
         else:
-            on_device = ok.to(value.device)
-            chosen = rows[ok].to(bucket.device)
-            bucket.state[key].index_copy_(0, chosen, value[on_device].to(bucket.dtype))
+            new = value if all_ok else value[ok.to(value.device)]
+            bucket.state[key].index_copy_(0, rows[ok].to(bucket.device), new.to(bucket.dtype))
     steps = bucket.t if isinstance(bucket.t, int) else bucket.t[rows[ok]].to(torch.int32)
     bucket.refreshed[rows[ok], job.column] = torch.as_tensor(steps, dtype=torch.int32, device="cpu")
     bucket.failures[rows[ok], job.column] = 0
     bucket.failures[rows[~ok], job.column] += 1
+    bucket.settled = bool(((bucket.refreshed > 0) & (bucket.failures < STRIKES)).all())
     stats["refreshes"] += int(ok.sum())
     stats["root_retries"] += int((retries > 0).sum())
     on_failed_roots(stats, bucket.failures[rows[~ok], job.column], job.options["nonfinite"])

@@ -71,6 +71,7 @@ def test_interruption_exits_130_and_resume_finishes(cli, out, interrupted_task):
     assert "--resume" in result.output
     runs = json.loads((out / "results.json").read_text())["runs"]
     assert [run["status"] for run in runs] == ["finished", "interrupted"]
+    assert "interrupted" in (out / "report.html").read_text()
     assert cli.invoke(app, [*command, "--resume"]).exit_code == 0
     runs = json.loads((out / "results.json").read_text())["runs"]
     assert [run["status"] for run in runs] == ["finished", "finished"]
