@@ -36,7 +36,7 @@ docs: $(VENV)/ready ## build the documentation into site/
 
 clean: ## remove everything that the other targets made
 	rm -rf $(VENV) demo-report site build dist .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
-	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	find src tests benchmarks docs -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch goes first and by its exact version, so that no later step of pip can choose another build.
 $(VENV)/ready: pyproject.toml constraints.txt

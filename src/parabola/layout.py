@@ -38,13 +38,13 @@ def routes_of(group: Mapping[str, Any]) -> list[Route]:
 
 def entries(method: Method, block: Block, options: Options) -> dict[str, Entry]:
     """All state tensors of one block on the device: the engine's, and the method's."""
-    own = method.init(block, options) if block.shape else {}
+    own = method.init(block, options) if block.axes else {}
     return {**grafting.entries(block.shape, options), **own}
 
 
 def factors(method: Method, block: Block, options: Options) -> dict[str, float]:
-    """What of a block is refreshed: nothing in a vector run."""
-    return method.factors(block, options) if block.shape else {}
+    """What of a block is refreshed: nothing where no axis is preconditioned."""
+    return method.factors(block, options) if block.axes else {}
 
 
 def signature(method: Method, group: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -145,13 +145,13 @@ def _row(method: Method, group: Mapping[str, Any], name: str, route: Route, p: T
     for tile in route.tiles:
         entries = layout.entries(method, tile.block, group).values()
         state += tile.rows * size * sum(prod(entry.shape) for entry in entries)
-        if tile.block.shape:
+        if tile.block.axes:
             state += tile.rows * layout.HOST_BYTES * len(method.factors(tile.block, group))
             cost = method.cost(tile.block, group)
             step, refresh = step + tile.rows * cost.step, refresh + tile.rows * cost.refresh
             sides = "x".join(map(str, tile.block.shape))
             shapes.append(f"{tile.rows} x {sides}" if tile.rows > 1 else sides)
-    blocks = sum(tile.rows for tile in route.tiles) if route.preconditioned else 0
+    blocks = sum(tile.rows for tile in route.tiles if tile.block.axes)
     treatment = " + ".join(shapes) or f"graft ({group['graft']})"
     return Row(
         name, tuple(p.shape), treatment, route.reason, blocks, p.numel(), state, step, refresh

@@ -27,11 +27,6 @@ class Route:
     tiles: tuple[Tile, ...]
     reason: str
 
-    @property
-    def preconditioned(self) -> bool:
-        """False where only the graft's diagonal step is taken."""
-        return bool(self.tiles[0].block.shape)
-
 
 def vector(shape: tuple[int, ...], reason: str) -> Route:
     """The graft's diagonal step for the whole parameter."""

@@ -3,12 +3,14 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
 
 import parabola
-from parabola.cli import app
+from parabola.cli import main
+from parabola.lab.commands import app
 from parabola.lab.optimizers import OPTIMIZERS
 from parabola.lab.workloads import WORKLOADS
 
@@ -36,6 +38,13 @@ def interrupted_task(tmp_path):
         "            yield batch\n"
     )
     return f"{path}:Task"
+
+
+def test_a_missing_extra_is_named(monkeypatch):
+    monkeypatch.delitem(sys.modules, "parabola.lab.commands")
+    monkeypatch.setitem(sys.modules, "typer", None)
+    with pytest.raises(SystemExit, match=r'typer is missing.*pip install "parabola\[lab\]"'):
+        main()
 
 
 def test_compare_digits_end_to_end(cli, out):

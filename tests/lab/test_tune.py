@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 
-from parabola.cli import app
+from parabola.lab.commands import app
 from parabola.lab.errors import UsageError
 from parabola.lab.optimizers import OPTIMIZERS, Choice, check_options, entry
 from parabola.lab.train import Budget
