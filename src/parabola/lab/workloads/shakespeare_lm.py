@@ -1,24 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """A character transformer on Tiny Shakespeare, the corpus of Karpathy's char-rnn."""
 
-from collections.abc import Iterator, Mapping
-from itertools import islice
+from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import nn
 
-from parabola.lab.data import require, windows
+from parabola.lab.data import require
+from parabola.lab.language import NextByte
 from parabola.lab.models import GPT
-from parabola.lab.schedules import warmup_cosine
-from parabola.lab.workload import Setting, Workload
+from parabola.lab.workload import Setting
 
 _CUSTOM = "customary values for small transformers; not searched"
 
 
-class ShakespeareLM(Workload):
+class ShakespeareLM(NextByte):
     """Next-character prediction; the first 90 % of the text is trained on, the last 10 % held out.
 
     The metric is the cross-entropy in nats per character on a fixed sample of the held-out text.
@@ -28,13 +26,8 @@ class ShakespeareLM(Workload):
 
     name = "shakespeare-lm"
     description = "character-level GPT (4 layers, width 128) on Tiny Shakespeare"
-    metric = "loss"
-    goal: Literal["min", "max"] = "min"
     target = 1.85
     steps = 1000
-    batch_size = 32
-    evaluations = 40
-    context = 64
     data_files: ClassVar[tuple[str, ...]] = ("tinyshakespeare/input.txt",)
     settings: Mapping[str, Setting] = {
         "adamw": Setting({"lr": 3e-3, "betas": (0.9, 0.99), "weight_decay": 0.1}, _CUSTOM),
@@ -58,28 +51,8 @@ class ShakespeareLM(Workload):
             raise ValueError(
                 f"{path}: {text.numel()} characters are too few for windows of {self.context}"
             )
-        self.train = text[:cut]
-        self.test = list(islice(windows(text[cut:], self.context, 128, seed=0), 4))
+        self.split(text[:cut], text[cut:])
 
     def model(self) -> nn.Module:
         """A GPT over ASCII characters."""
         return GPT(vocabulary=128, context=self.context, width=128, layers=4, heads=4)
-
-    def batches(self, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Characters and the characters that follow them, both (32, 64)."""
-        return windows(self.train, self.context, self.batch_size, seed)
-
-    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        """Cross-entropy in nats per character."""
-        inputs, targets = batch
-        return functional.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
-
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Cross-entropy in nats per character over 32,768 held-out characters."""
-        device = next(model.parameters()).device
-        losses = [self.loss(model, (x.to(device), y.to(device))) for x, y in self.test]
-        return {"loss": torch.stack(losses).mean().item()}
-
-    def schedule(self, progress: float) -> float:
-        """Warm-up over 5 % of the run, then a cosine down to a tenth."""
-        return warmup_cosine(progress, floor=0.1)

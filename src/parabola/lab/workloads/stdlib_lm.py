@@ -3,20 +3,16 @@
 
 import hashlib
 import sysconfig
-from collections.abc import Iterator, Mapping
-from itertools import islice
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import nn
 
-from parabola.lab.data import windows
 from parabola.lab.errors import MissingDataError
+from parabola.lab.language import NextByte
 from parabola.lab.models import GPT
-from parabola.lab.schedules import warmup_cosine
-from parabola.lab.workload import Setting, Workload
+from parabola.lab.workload import Setting
 
 _TUNED = "best of 5 trials of parabola tune over lr, 250 steps, seed 1000: "
 # Tests, other people's packages, and what distributors leave out: none of it is the library's text.
@@ -41,7 +37,7 @@ def held_out(file: Path) -> bool:
     return hashlib.sha256(file.as_posix().encode()).digest()[0] % 10 == 0
 
 
-class StdlibLM(Workload):
+class StdlibLM(NextByte):
     """Next-byte prediction on the standard library's ``.py`` files, split by file.
 
     The metric is the cross-entropy in nats per byte on a fixed sample of held-out files. The text
@@ -52,13 +48,8 @@ class StdlibLM(Workload):
     description = (
         "byte-level GPT (2 layers, width 128) on the Python standard library's source; no download"
     )
-    metric = "loss"
-    goal: Literal["min", "max"] = "min"
     target = 1.9
     steps = 800
-    batch_size = 32
-    evaluations = 40
-    context = 64
     settings: Mapping[str, Setting] = {
         "adamw": Setting(
             {"lr": 1.5e-3, "betas": (0.9, 0.99), "weight_decay": 0.1}, _TUNED + "loss 2.332"
@@ -84,29 +75,12 @@ class StdlibLM(Workload):
         texts: dict[bool, list[bytes]] = {False: [], True: []}
         for file in files:
             texts[held_out(file)].append((root / file).read_bytes())
-        self.train = torch.frombuffer(bytearray(b"\n".join(texts[False])), dtype=torch.uint8)
-        test = torch.frombuffer(bytearray(b"\n".join(texts[True])), dtype=torch.uint8)
-        self.test = list(islice(windows(test, self.context, 128, seed=0), 4))
+        train, test = (
+            torch.frombuffer(bytearray(b"\n".join(texts[held])), dtype=torch.uint8)
+            for held in (False, True)
+        )
+        self.split(train, test)
 
     def model(self) -> nn.Module:
         """A GPT over bytes."""
         return GPT(vocabulary=256, context=self.context, width=128, layers=2, heads=4)
-
-    def batches(self, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Bytes and the bytes that follow them, both (32, 64)."""
-        return windows(self.train, self.context, self.batch_size, seed)
-
-    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        """Cross-entropy in nats per byte."""
-        inputs, targets = batch
-        return functional.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
-
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Cross-entropy in nats per byte over 32,768 held-out bytes."""
-        device = next(model.parameters()).device
-        losses = [self.loss(model, (x.to(device), y.to(device))) for x, y in self.test]
-        return {"loss": torch.stack(losses).mean().item()}
-
-    def schedule(self, progress: float) -> float:
-        """Warm-up over 5 % of the run, then a cosine down to a tenth."""
-        return warmup_cosine(progress, floor=0.1)
