@@ -288,3 +288,44 @@ def test_a_pre_hook_may_rewrite_what_is_loaded(method):
     other.load_state_dict(optimizer.state_dict())
     assert other.param_groups[0]["lr"] == 0.5
     assert_same(snapshot(other), snapshot(optimizer))
+
+
+@every_method
+def test_a_copy_made_before_the_first_step_works(method):
+    params = make_params()
+    optimizer = method(params)
+    twin_params, twin = copy.deepcopy((params, optimizer))
+    for one, its_params in ((optimizer, params), (twin, twin_params)):
+        train(one, its_params, 3)
+    assert_same(params, twin_params)
+
+
+@every_method
+def test_a_pickled_optimizer_takes_another_group(method):
+    params = make_params()
+    optimizer = method(params)
+    train(optimizer, params, 2)
+    loaded = pickle.loads(pickle.dumps(optimizer))
+    (extra,) = make_params(((4, 3),))
+    loaded.add_param_group({"params": [extra]})
+    before = extra.detach().clone()
+    train(loaded, [extra], 3)
+    assert not torch.equal(extra, before)
+
+
+@every_engine_method
+def test_a_step_count_that_a_user_sets_is_the_clock(method):
+    params, fresh_params = make_params(), make_params()
+    optimizer, fresh = method(params), method(fresh_params)
+    train(optimizer, params, 4)
+    for p in params:
+        for value in optimizer.state[p].values():
+            value.zero_()
+        for key in [key for key in optimizer.state[p] if key.endswith("_root")]:
+            del optimizer.state[p][key]
+    with torch.no_grad():
+        for p, q in zip(params, fresh_params, strict=True):
+            p.copy_(q)
+    for one, its_params in ((optimizer, params), (fresh, fresh_params)):
+        train(one, its_params, 4)
+    assert_same(params, fresh_params)

@@ -117,3 +117,26 @@ def test_two_optimizers_do_not_meet(method):
         train(second, other, range(step + 40, step + 41))
         train(single, alone, range(step, step + 1))
     assert_same(params, alone)
+
+
+@every_method
+def test_autocast_does_not_reach_the_step(method):
+    params, cast = (make_params(dtype=torch.float32) for _ in range(2))
+    plain, inside = method(params), method(cast)
+    train(plain, params, 5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        train(inside, cast, 5)
+    assert_same(params, cast)
+
+
+@every_method
+def test_a_parameter_replaced_in_its_group_is_stepped(method):
+    params = make_params(((4, 3), (5,)))
+    optimizer = method(params)
+    train(optimizer, params, 2)
+    optimizer.zero_grad()
+    (new,) = make_params(((4, 3),))
+    optimizer.param_groups[0]["params"][0] = new
+    before = new.detach().clone()
+    train(optimizer, [new, params[1]], 2)
+    assert not torch.equal(new, before)

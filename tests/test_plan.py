@@ -155,3 +155,23 @@ def test_flops_are_those_of_the_products():
 def test_a_wrong_keyword_is_refused_by_the_plan(method):
     with pytest.raises(ValueError, match="damping"):
         parabola.plan(make_params(SHAPES), method.cls, damping=-1.0)
+
+
+def test_planning_leaves_the_callers_groups_alone():
+    params = make_params(((6, 4), (3,)))
+    groups = [{"params": params}]
+    parabola.plan(groups, Shampoo, block_size=2, lr=0.5)
+    assert set(groups[0]) == {"params"}
+    assert parabola.plan(groups, Shampoo).rows[0].blocks == 1
+
+
+@every_engine_method
+def test_frozen_parameters_get_no_state_and_no_bytes(method):
+    params = make_params()
+    for p in params[::2]:
+        p.requires_grad_(False)
+    optimizer = method(params)
+    plan = optimizer.plan()
+    train(optimizer, params[1::2], 3)
+    assert [row.state_bytes for row in plan.rows] == measured_bytes(optimizer, params)
+    assert all(row.reason == "frozen" for row in plan.rows[::2])

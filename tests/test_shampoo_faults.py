@@ -107,11 +107,14 @@ def test_failures_survive_a_checkpoint():
     assert_same(snapshot(resumed), snapshot(optimizer))
 
 
-def test_raising_names_the_failure():
-    params = make_params(((4, 3),))
-    optimizer = spoiled(params, nonfinite="raise")
+def test_raising_names_the_failure_and_leaves_a_whole_step():
+    params, kept = make_params(((4, 3), (5, 2))), make_params(((4, 3), (5, 2)))
+    optimizer, quiet = spoiled(params, nonfinite="raise"), spoiled(kept)
     with pytest.raises(RuntimeError, match="inverse root"):
         train(optimizer, params, range(3, 4))
+    train(quiet, kept, range(3, 4))
+    assert_same(params, kept)
+    assert_same(snapshot(optimizer), snapshot(quiet))
 
 
 def test_without_inspection_a_bad_gradient_stays_in_its_parameter():

@@ -181,6 +181,10 @@ def test_names_choose_embeddings_and_fused_projections():
         "blocks.0.attn.qkv.weight": ((12, 4), {"parts": "qkv"}),
         "self_attn.in_proj_weight": ((12, 4), {"parts": "qkv"}),
         "head.weight": ((7, 4), {}),
+        "emb.weight": ((7, 4), {"axes": ("skip", "auto")}),
+        "transformer.wte.weight": ((7, 4), {"axes": ("skip", "auto")}),
+        "embedding_proj.weight": ((7, 4), {}),
+        "embed_out.weight": ((7, 4), {}),
     }
     for name, (shape, spelled) in cases.items():
         named, bare = make_params((shape,)), make_params((shape,))

@@ -274,7 +274,15 @@ class Bucket:
             x[rows] if len(x) else x for x in (self.refreshed, self.failures, self.phase)
         )
         return Bucket(
-            members, self.block, self.dtype, self.device, state, refreshed, failures, phase
+            members,
+            self.block,
+            self.dtype,
+            self.device,
+            state,
+            refreshed,
+            failures,
+            phase,
+            settled=self.settled,
         )
 
     def restore(self, subset: "Bucket", chosen: Sequence[int]) -> None:
@@ -285,7 +293,7 @@ class Bucket:
         if len(self.refreshed):
             self.refreshed[rows] = subset.refreshed
             self.failures[rows] = subset.failures
-            self.settled = False
+            self.settled = self.settled and subset.settled
 
 
 def state_dtype(param: Tensor) -> torch.dtype:

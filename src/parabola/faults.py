@@ -81,30 +81,27 @@ def on_nonfinite(stats: Stats, grads: Grads, names: Sequence[str], policy: str) 
             f"{text}: the step of its parameter group is skipped. Further skips are counted in "
             "opt.stats['skipped_steps'] without a warning.",
             RuntimeWarning,
-            stacklevel=4,
+            stacklevel=7,
         )
 
 
-def on_failed_roots(stats: Stats, failures: Tensor, policy: str) -> None:
-    """Count rows whose refresh failed; ``failures`` are their consecutive failures so far.
-
-    Raises:
-        RuntimeError: with ``policy="raise"``; the previous roots are still in place.
-    """
-    if not len(failures):
-        return
+def on_failed_roots(stats: Stats, failures: Tensor) -> None:
+    """Count factors whose refresh failed; ``failures`` are their consecutive failures so far."""
     stats["root_failures"] += len(failures)
-    if policy == "raise":
-        raise RuntimeError(
-            f"{len(failures)} inverse root(s) failed in float64 with raised damping; the previous "
-            "roots were kept (nonfinite='raise')"
-        )
     fallen = int((failures == STRIKES).sum())
     if fallen and stats["fallbacks"] == 0:
         warnings.warn(
-            f"the roots of {fallen} block(s) failed {STRIKES} times in a row: their parameters "
+            f"the roots of {fallen} factor(s) failed {STRIKES} times in a row: their parameters "
             "take the graft's step until a refresh succeeds, counted in opt.stats['fallbacks']",
             RuntimeWarning,
-            stacklevel=5,
+            stacklevel=9,
         )
     stats["fallbacks"] += fallen
+
+
+def raise_failed_roots(failed: int) -> None:
+    """Raise RuntimeError after a step in which ``failed`` roots failed."""
+    raise RuntimeError(
+        f"{failed} inverse root(s) failed in float64 with raised damping; the step was taken with "
+        "the previous ones (nonfinite='raise')"
+    )

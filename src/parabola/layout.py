@@ -54,11 +54,11 @@ def signature(method: Method, group: Mapping[str, Any]) -> tuple[Any, ...]:
         *(tuple(group[k]) if isinstance(group[k], list) else group[k] for k in keywords),
         group["betas"][0] > 0,
         group["momentum"] > 0,
-        len(group["params"]),
     )
 
 
-def _wanted(p: Tensor) -> bool:
+def wanted(p: Tensor) -> bool:
+    """Whether a parameter gets state: a frozen one does not."""
     return p.requires_grad or p.grad is not None
 
 
@@ -76,13 +76,13 @@ class Layout:
         self, method: Method, group: Mapping[str, Any], state: MutableMapping[Tensor, Any]
     ) -> None:
         self._signature = signature(method, group)
-        self._params = group["params"]
+        self._params = list(group["params"])
         self._owners: list[dict[str, Any]] = []
         self._keys: list[str] = []
         self._views: list[Tensor] = []
         named = zip(group["params"], names_of(group), routes_of(group), strict=True)
-        kept = [x for x in named if _wanted(x[0])]
-        self._idle = [p for p in group["params"] if not _wanted(p)]
+        kept = [x for x in named if wanted(x[0])]
+        self._idle = [p for p in group["params"] if not wanted(p)]
         self.params = [p for p, _, _ in kept]
         self.names = [name for _, name, _ in kept]
         self.steps = torch.zeros(len(kept), dtype=torch.float32, device="cpu")
@@ -98,7 +98,6 @@ class Layout:
         self.step_views = list(self.steps.unbind(0))
         self._adopt(state)
         self._own = [state[p] for p in self.params]
-        self.ticks = [int(t) for t in self.steps.tolist()]
 
     def _adopt(self, state: MutableMapping[Tensor, Any]) -> None:
         """Copy what ``state`` already holds into the buckets, and put views in its place."""
@@ -135,7 +134,8 @@ class Layout:
     ) -> bool:
         """False when the buckets must be built anew."""
         return (
-            self._params is group["params"]
+            len(self._params) == len(group["params"])
+            and all(map(is_, self._params, group["params"]))
             and self._signature == signature(method, group)
             and all(p.grad is None for p in self._idle)
             and all(map(is_, map(state.get, self.params), self._own))
@@ -149,30 +149,30 @@ class Layout:
 
         Where some gradients of a bucket are missing, a bucket of copies stands in for the members
         that have one, and is written back after the caller is done with it: the others stay
-        untouched, as in torch.optim.
+        untouched, as in torch.optim. Such a step copies the bucket's state twice.
         """
         present = [i for i, g in enumerate(grads) if g is not None]
-        self.ticks = [t + (g is not None) for t, g in zip(self.ticks, grads, strict=True)]
         if len(present) == len(grads):
             self.steps.add_(1)
         else:
             self.steps[present] += 1
+        clock = [int(t) for t in self.steps.tolist()]
         for bucket in self.buckets:
             chosen = [i for i, slot in enumerate(bucket.slots) if grads[slot] is not None]
             if not chosen:
                 continue
             whole = len(chosen) == len(bucket.members)
             work = bucket if whole else bucket.subset(chosen)
-            work.t = self._clock(work)
+            work.t = _rows_clock([clock[slot] for slot in work.slots], work.splits)
             mine = [g for slot in work.slots if (g := grads[slot]) is not None]
             yield work, mine, [self.step_views[slot] for slot in work.slots]
             if not whole:
                 bucket.restore(work, chosen)
 
-    def _clock(self, bucket: Bucket) -> int | Tensor:
-        """Steps of the rows: one number, or one a row where they differ."""
-        ticks = [self.ticks[slot] for slot in bucket.slots]
-        if ticks.count(ticks[0]) == len(ticks):
-            return ticks[0]
-        rows = torch.tensor(bucket.splits, device="cpu")
-        return torch.tensor(ticks, device="cpu").repeat_interleave(rows)
+
+def _rows_clock(ticks: list[int], splits: list[int]) -> int | Tensor:
+    """Steps of a bucket's rows: one number, or one a row where they differ."""
+    if ticks.count(ticks[0]) == len(ticks):
+        return ticks[0]
+    rows = torch.tensor(splits, device="cpu")
+    return torch.tensor(ticks, device="cpu").repeat_interleave(rows)

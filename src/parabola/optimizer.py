@@ -13,6 +13,7 @@ p  <- p - lr (d + weight_decay p)
 """
 
 import copy
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
@@ -36,8 +37,10 @@ class SecondOrder(Optimizer):
 
     Attributes:
         method: The method, a set of pure functions.
-        stats: Counters as plain numbers: ``steps``, ``skipped_steps``, ``nonfinite_gradients``,
-            ``refreshes``, ``root_retries``, ``root_failures``, ``fallbacks``.
+        stats: Counters as plain numbers: ``steps`` in which something was stepped;
+            ``skipped_steps`` of a parameter group, for ``nonfinite_gradients`` of parameters;
+            ``refreshes`` of factors, of which ``root_retries`` climbed the numerical fallback chain
+            and ``root_failures`` kept the old root; ``fallbacks`` of factors to the graft's step.
     """
 
     method: ClassVar[Method]
@@ -61,24 +64,31 @@ class SecondOrder(Optimizer):
             The loss that the closure returned, or None.
 
         Raises:
-            RuntimeError: a gradient is sparse, or not finite under ``nonfinite="raise"``. Nothing
-                has changed then.
+            RuntimeError: a gradient is sparse, or not finite under ``nonfinite="raise"``: nothing
+                has changed then. Or a root failed under ``nonfinite="raise"``: the step is done
+                then, with the previous root.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group, layout, grads in list(self._work()):
+        work, failures = list(self._work()), self.stats["root_failures"]
+        for group, layout, grads in work:
             for bucket, bucket_grads, steps in layout.active(grads):
                 if grafting.fused_adam(bucket, group):
                     grafting.fused_adam_step(bucket, bucket_grads, steps, group)
                 else:
-                    self._advance(bucket, bucket_grads, group)
-        self.stats["steps"] += 1
+                    with torch.autocast(bucket.device.type, enabled=False):
+                        self._advance(bucket, bucket_grads, group)
+        self.stats["steps"] += bool(work)
+        failures = self.stats["root_failures"] - failures
+        if failures and any(group["nonfinite"] == "raise" for group, _, _ in work):
+            faults.raise_failed_roots(failures)
         return loss
 
     def _advance(self, bucket: Bucket, grads: list[Tensor], group: dict[str, Any]) -> None:
         """One step of one bucket: the equations at the top of this file, line by line."""
+        # Statistics and roots need true float32; the direction may follow the user's own setting.
         g = self._exchange.collect(bucket, grads, group)
         if bucket.block.axes:
             with full_precision():
@@ -163,11 +173,10 @@ class SecondOrder(Optimizer):
             after.remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {
-            p: {k: v.clone() if isinstance(v, Tensor) else v for k, v in own.items()}
-            for p, own in self.state.items()
-        }
         # Clones: a pickle would write a whole bucket behind every view of it.
+        state: defaultdict[Tensor, Any] = defaultdict(dict)
+        for p, own in self.state.items():
+            state[p] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in own.items()}
         return {**super().__getstate__(), "state": state, "stats": dict(self.stats)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

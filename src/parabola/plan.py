@@ -124,7 +124,9 @@ def plan(params: ParamsT, optimizer: "type[SecondOrder]", **options: Any) -> Pla
         ...     model = torch.nn.Linear(1024, 4096)
         >>> print(plan(model.named_parameters(), parabola.Shampoo, block_size=512))
     """
-    return optimizer(params, **options).plan()
+    # torch writes defaults into the groups that it is given: keep the caller's as they are.
+    groups = [dict(item) if isinstance(item, dict) else item for item in params]
+    return optimizer(groups, **options).plan()  # type: ignore[arg-type]
 
 
 def plan_groups(method: Method, groups: Sequence[Mapping[str, Any]]) -> Plan:
@@ -138,6 +140,8 @@ def plan_groups(method: Method, groups: Sequence[Mapping[str, Any]]) -> Plan:
 
 
 def _row(method: Method, group: Mapping[str, Any], name: str, route: Route, p: Tensor) -> Row:
+    if not layout.wanted(p):
+        return Row(name, tuple(p.shape), "none", "frozen", 0, p.numel(), 0, 0.0, 0.0)
     size = torch.empty((), dtype=state_dtype(p)).element_size()
     state = layout.STEP_BYTES
     step = refresh = 0.0

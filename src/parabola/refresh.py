@@ -142,7 +142,8 @@ def adopt(bucket: Bucket, job: Job, result: Refreshed, stats: Stats) -> None:
     bucket.settled = bool(((bucket.refreshed > 0) & (bucket.failures < STRIKES)).all())
     stats["refreshes"] += int(ok.sum())
     stats["root_retries"] += int((retries > 0).sum())
-    on_failed_roots(stats, bucket.failures[rows[~ok], job.column], job.options["nonfinite"])
+    if not all_ok:
+        on_failed_roots(stats, bucket.failures[rows[~ok], job.column])
 
 
 def refresh(

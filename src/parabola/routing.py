@@ -13,7 +13,10 @@ from math import prod
 from parabola.blocks import Tile
 from parabola.method import Block, Options
 
-EMBEDDING = re.compile(r"(^|[._])(\w*embed(ding)?s?\w*|wte|wpe)[._]weight$|position_embeddings?$")
+EMBEDDING = re.compile(
+    r"(^|[._])(emb|embed|embeds|embedding|embeddings|embed_tokens|wte|wpe)[._]weight$"
+    r"|(^|[._])(positional|position|pos)_embed(ding)?s?$"
+)
 FUSED_QKV = re.compile(r"(^|[._])(\w*qkv\w*[._]weight|in_proj_weight|in_proj[._]weight)$")
 
 STRUCTURAL = ("block_size", "max_order", "axes", "skip_dim", "precondition_1d", "parts")

@@ -218,3 +218,13 @@ def test_auto_picks_by_size_and_falls_back_where_the_method_cannot(monkeypatch):
         for n, exponent in ((8, 0.25), (9, 0.25), (9, 1 / 6))
     ]
     assert chosen == ["eigh", "newton_schulz", "eigh"]
+
+
+@pytest.mark.parametrize("n", [64, 1024])
+def test_eigenvalues_far_above_the_entries_do_not_overflow(n):
+    """Entries of one sign: the largest eigenvalue is n times an entry, its powers leave float32."""
+    ones = torch.ones(n, n)
+    torch.testing.assert_close(largest_eigenvalue(ones), torch.tensor(float(n)), rtol=1e-3, atol=0)
+    wide = torch.rand(n, 64)
+    exact = torch.linalg.eigvalsh((wide.T @ wide).double())[-1].float()
+    torch.testing.assert_close(largest_eigenvalue(wide @ wide.T), exact, rtol=1e-3, atol=0)

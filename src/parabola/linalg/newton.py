@@ -109,6 +109,7 @@ def power_iteration(scaled: Tensor) -> Tensor:
     eighth = scaled
     for _ in range(3):
         eighth = eighth @ eighth
+        eighth = eighth / eighth.abs().amax(dim=(1, 2), keepdim=True)  # or n^8 overflows float32
     vectors = probes(n, min(n, _PROBES), scaled).expand(b, n, -1)
     value = scaled.new_zeros(b)
     active = torch.ones(b, dtype=torch.bool, device=scaled.device)

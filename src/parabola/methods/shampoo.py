@@ -28,8 +28,10 @@ from parabola.method import Block, Cost, Entry, Method, Options, Refreshed, Stat
 from parabola.optimizer import SecondOrder
 from parabola.options import FLAG, Check, one_of, optional, real
 
-NAMES = ("left", "right", "axis2", "axis3", "axis4", "axis5", "axis6", "axis7")
-"""Statistic of each axis; its root is the name with ``_root``."""
+
+def name(axis: int) -> str:
+    """Key of an axis's statistic; its root is the name with ``_root``."""
+    return ("left", "right")[axis] if axis < 2 else f"axis{axis}"
 
 
 def unfold(x: Tensor, axis: int) -> Tensor:
@@ -58,9 +60,9 @@ class ShampooMethod(Method):
 
     def init(self, block: Block, options: Options) -> dict[str, Entry]:
         """A statistic and a root for every preconditioned axis."""
-        sides = {NAMES[axis]: (block.shape[axis],) * 2 for axis in block.axes}
-        return {name: Entry(side) for name, side in sides.items()} | {
-            f"{name}_root": Entry(side, "eye") for name, side in sides.items()
+        sides = {name(axis): (block.shape[axis],) * 2 for axis in block.axes}
+        return {key: Entry(side) for key, side in sides.items()} | {
+            f"{key}_root": Entry(side, "eye") for key, side in sides.items()
         }
 
     def accumulate(self, state: State, g: Tensor, block: Block, options: Options) -> None:
@@ -68,11 +70,11 @@ class ShampooMethod(Method):
         old, new = decay(options["betas"][1])
         for axis in block.axes:
             matrix = unfold(g, axis)
-            state[NAMES[axis]].baddbmm_(matrix, matrix.mT, beta=old, alpha=new)
+            state[name(axis)].baddbmm_(matrix, matrix.mT, beta=old, alpha=new)
 
     def factors(self, block: Block, options: Options) -> dict[str, float]:
         """Every axis on its own: the cost of a root is cubic in its length."""
-        return {NAMES[axis]: float(block.shape[axis]) ** 3 for axis in block.axes}
+        return {name(axis): float(block.shape[axis]) ** 3 for axis in block.axes}
 
     def inputs(self, factor: str) -> tuple[str, ...]:
         """A root is computed from its statistic alone."""
@@ -96,7 +98,7 @@ class ShampooMethod(Method):
         """Equation (3)."""
         d = m
         for axis in block.axes:
-            d = multiply(state[f"{NAMES[axis]}_root"], d, axis)
+            d = multiply(state[f"{name(axis)}_root"], d, axis)
         return d.contiguous()
 
     def cost(self, block: Block, options: Options) -> Cost:
