@@ -87,7 +87,9 @@ def rescale(bucket: Bucket, d: Tensor, a: Tensor) -> Tensor:
     """``d <- d |a| / |d|``, in place, with the norms over every logical part of a parameter."""
     target, own = (_norm(bucket, x) for x in (a, d))
     factor = torch.where(own > 0, target / own, 0.0)
-    d.mul_(bucket.expand(factor.repeat_interleave(bucket.per_part)))
+    if bucket.per_part > 1:
+        factor = factor.repeat_interleave(bucket.per_part)
+    d.mul_(bucket.expand(factor))
     return d
 
 

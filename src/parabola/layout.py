@@ -142,37 +142,41 @@ class Layout:
             and all(map(is_, map(dict.get, self._owners, self._keys), self._views))
         )
 
-    def active(
-        self, grads: Sequence[Tensor | None]
-    ) -> Iterator[tuple[Bucket, list[Tensor], list[Tensor]]]:
-        """Step the clocks and yield ``(bucket, gradients, steps)``, one gradient a member.
+    def active(self, grads: Sequence[Tensor | None]) -> Iterator[tuple[Bucket, list[Tensor]]]:
+        """Step the clocks and yield ``(bucket, gradients)``, one gradient a member.
 
         Where some gradients of a bucket are missing, a bucket of copies stands in for the members
         that have one, and is written back after the caller is done with it: the others stay
         untouched, as in torch.optim. Such a step copies the bucket's state twice.
         """
         present = [i for i, g in enumerate(grads) if g is not None]
-        if len(present) == len(grads):
+        complete = len(present) == len(grads)
+        if complete:
             self.steps.add_(1)
         else:
             self.steps[present] += 1
-        clock = [int(t) for t in self.steps.tolist()]
+        clock = self.steps.tolist()
         for bucket in self.buckets:
-            chosen = [i for i, slot in enumerate(bucket.slots) if grads[slot] is not None]
+            chosen = [
+                i for i, slot in enumerate(bucket.slots) if complete or grads[slot] is not None
+            ]
             if not chosen:
                 continue
             whole = len(chosen) == len(bucket.members)
             work = bucket if whole else bucket.subset(chosen)
             work.t = _rows_clock([clock[slot] for slot in work.slots], work.splits)
-            mine = [g for slot in work.slots if (g := grads[slot]) is not None]
-            yield work, mine, [self.step_views[slot] for slot in work.slots]
+            yield work, [g for slot in work.slots if (g := grads[slot]) is not None]
             if not whole:
                 bucket.restore(work, chosen)
 
+    def steps_of(self, bucket: Bucket) -> list[Tensor]:
+        """The step count of each member: 0-d views of `steps`."""
+        return [self.step_views[slot] for slot in bucket.slots]
 
-def _rows_clock(ticks: list[int], splits: list[int]) -> int | Tensor:
+
+def _rows_clock(ticks: list[float], splits: list[int]) -> int | Tensor:
     """Steps of a bucket's rows: one number, or one a row where they differ."""
     if ticks.count(ticks[0]) == len(ticks):
-        return ticks[0]
+        return int(ticks[0])
     rows = torch.tensor(splits, device="cpu")
-    return torch.tensor(ticks, device="cpu").repeat_interleave(rows)
+    return torch.tensor(ticks, dtype=torch.int64, device="cpu").repeat_interleave(rows)

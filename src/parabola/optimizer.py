@@ -74,9 +74,9 @@ class SecondOrder(Optimizer):
                 loss = closure()
         work, failures = list(self._work()), self.stats["root_failures"]
         for group, layout, grads in work:
-            for bucket, bucket_grads, steps in layout.active(grads):
+            for bucket, bucket_grads in layout.active(grads):
                 if grafting.fused_adam(bucket, group):
-                    grafting.fused_adam_step(bucket, bucket_grads, steps, group)
+                    grafting.fused_adam_step(bucket, bucket_grads, layout.steps_of(bucket), group)
                 else:
                     with torch.autocast(bucket.device.type, enabled=False):
                         self._advance(bucket, bucket_grads, group)
