@@ -13,7 +13,7 @@ from parabola.lab.language import NextByte
 from parabola.lab.models import GPT
 from parabola.lab.workload import Setting
 
-_CUSTOM = "customary values for small transformers; not searched"
+_TUNED = "best of 3 trials of parabola tune over lr, 150 steps, seed 1000: "
 
 
 class ShakespeareLM(NextByte):
@@ -30,10 +30,16 @@ class ShakespeareLM(NextByte):
     steps = 1000
     data_files: ClassVar[tuple[str, ...]] = ("tinyshakespeare/input.txt",)
     settings: Mapping[str, Setting] = {
-        "adamw": Setting({"lr": 3e-3, "betas": (0.9, 0.99), "weight_decay": 0.1}, _CUSTOM),
-        "sgd": Setting({"lr": 0.3, "momentum": 0.9}, _CUSTOM),
-        "muon": Setting({"lr": 3e-3, "betas": (0.9, 0.99), "weight_decay": 0.1}, _CUSTOM),
-        "shampoo": Setting({"lr": 3e-3, "betas": (0.9, 0.99), "weight_decay": 0.1}, _CUSTOM),
+        "adamw": Setting(
+            {"lr": 1.5e-3, "betas": (0.9, 0.99), "weight_decay": 0.1}, _TUNED + "loss 2.522"
+        ),
+        "sgd": Setting({"lr": 0.15, "momentum": 0.9}, _TUNED + "loss 3.351"),
+        "muon": Setting(
+            {"lr": 6e-3, "betas": (0.9, 0.99), "weight_decay": 0.1}, _TUNED + "loss 2.249"
+        ),
+        "shampoo": Setting(
+            {"lr": 3e-3, "betas": (0.9, 0.99), "weight_decay": 0.1}, _TUNED + "loss 2.371"
+        ),
     }
 
     def load(self, data_dir: Path) -> None:
