@@ -47,9 +47,9 @@ def factors(method: Method, block: Block, options: Options) -> dict[str, float]:
     return method.factors(block, options) if block.axes else {}
 
 
-def signature(method: Method, group: Mapping[str, Any]) -> tuple[Any, ...]:
+def signature(group: Mapping[str, Any]) -> tuple[Any, ...]:
     """All that decides the shape of the state and the schedule of its refreshes."""
-    keywords = (*STRUCTURAL, *method.structural, "graft", "refresh", "update_every")
+    keywords = (*STRUCTURAL, "graft", "refresh", "update_every")
     return (
         *(tuple(group[k]) if isinstance(group[k], list) else group[k] for k in keywords),
         group["betas"][0] > 0,
@@ -75,7 +75,7 @@ class Layout:
     def __init__(
         self, method: Method, group: Mapping[str, Any], state: MutableMapping[Tensor, Any]
     ) -> None:
-        self._signature = signature(method, group)
+        self._signature = signature(group)
         self._params = list(group["params"])
         self._owners: list[dict[str, Any]] = []
         self._keys: list[str] = []
@@ -129,14 +129,12 @@ class Layout:
         self._keys.append(key)
         self._views.append(view)
 
-    def fits(
-        self, method: Method, group: Mapping[str, Any], state: MutableMapping[Tensor, Any]
-    ) -> bool:
+    def fits(self, group: Mapping[str, Any], state: MutableMapping[Tensor, Any]) -> bool:
         """False when the buckets must be built anew."""
         return (
             len(self._params) == len(group["params"])
             and all(map(is_, self._params, group["params"]))
-            and self._signature == signature(method, group)
+            and self._signature == signature(group)
             and all(p.grad is None for p in self._idle)
             and all(map(is_, map(state.get, self.params), self._own))
             and all(map(is_, map(dict.get, self._owners, self._keys), self._views))

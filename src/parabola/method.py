@@ -79,11 +79,9 @@ class Method:
 
     Attributes:
         checks: Keyword -> (predicate, text of what is allowed), for the method's own keywords.
-        structural: Keywords that shape the state: a change of them rebuilds the buckets.
     """
 
     checks: ClassVar[Mapping[str, Check]] = {}
-    structural: ClassVar[tuple[str, ...]] = ()
 
     def init(self, block: Block, options: Options) -> dict[str, Entry]:
         """State tensors of one block, by name (no dots)."""

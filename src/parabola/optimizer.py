@@ -125,7 +125,7 @@ class SecondOrder(Optimizer):
 
     def _layout(self, index: int, group: dict[str, Any]) -> Layout:
         layout = self._layouts.get(index)
-        if layout is None or not layout.fits(self.method, group, self.state):
+        if layout is None or not layout.fits(group, self.state):
             layout = self._layouts[index] = Layout(self.method, group, self.state)
         return layout
 

@@ -57,7 +57,6 @@ def _parts(x: Any) -> bool:
     )
 
 
-# The name that torch.optim uses in its messages comes first where it differs from the keyword.
 COMMON: Mapping[str, Check] = {
     "momentum": real(0),
     "nesterov": FLAG,
@@ -80,6 +79,7 @@ COMMON: Mapping[str, Check] = {
     "parts": (_parts, "None, 'auto', 'qkv', 'experts', a count, or lengths along axis 0"),
 }
 
+# Names that torch.optim uses in its messages, where they differ from the keyword.
 TITLES = {"eps": "epsilon"}
 
 

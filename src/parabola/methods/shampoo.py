@@ -137,8 +137,9 @@ class Shampoo(SecondOrder):
         root: Algorithm of ``parabola.linalg.inverse_root``: ``"eigh"``, ``"newton"``,
             ``"newton_schulz"``, or ``"auto"`` by device and size, which also stands in for an
             algorithm that cannot take a block's exponent.
-        trace_scaling: Divide every statistic by the root of its trace, which makes the direction
-            of the order of the gradient's inverse scale; of use with ``graft=None``.
+        trace_scaling: Divide every statistic by the root of its trace before its root is taken. Of
+            use with ``graft=None`` and ``exponent=0.5`` on matrices, where it makes the length of
+            the direction independent of the gradient's scale; a graft removes its effect.
         block_size: Axes longer than this are cut into equal pieces.
         max_order: Trailing axes are merged until at most this many remain (2: matrices).
         axes: What happens to an axis: ``"auto"`` (cut to blocks, skipped beyond ``skip_dim``),
