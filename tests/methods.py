@@ -5,6 +5,7 @@ A new optimizer of the library is one more row here; a new promise is one more t
 `test_contract_*.py` file, where `every_method` and `every_engine_method` spread it over the rows.
 """
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,6 +44,10 @@ class Method:
     def __call__(self, params: Any, **overrides: Any) -> Any:
         return self.cls(params, **{**self.options, **overrides})
 
+    def takes(self, keyword: str) -> bool:
+        """Whether its constructor has this keyword."""
+        return keyword in inspect.signature(self.cls).parameters
+
     @property
     def coupled(self) -> bool:
         """Whether weight decay goes through the gradient."""
@@ -51,7 +56,19 @@ class Method:
     @property
     def scale_free(self) -> bool:
         """Whether a step is of the order of the learning rate, whatever the gradient's scale."""
-        return self.options.get("graft", "adam") in ("adam", "rmsprop", "adagrad")
+        return self.graft in ("adam", "rmsprop", "adagrad")
+
+    @property
+    def graft(self) -> str | None:
+        """Where its step size comes from."""
+        if "graft" in self.options or not self.takes("graft"):
+            return self.options.get("graft", "adam")
+        return inspect.signature(self.cls).parameters["graft"].default
+
+    @property
+    def reads_betas(self) -> bool:
+        """Whether betas decide anything: Jorge hands them to Adam's graft."""
+        return self.cls is not parabola.Jorge or self.graft == "adam"
 
 
 def _twins() -> tuple[Twin, ...]:
@@ -111,23 +128,45 @@ _ENGINE_REFUSES = {
     **_TORCH_REFUSES,
     "betas": (*_TORCH_REFUSES["betas"], (1.0, 0.9), (0.9,), 0.9),
     "lr": (*_TORCH_REFUSES["lr"], "fast", None),
-    "momentum": (-0.1,),
     "damping": (-1e-6, float("nan")),
     "graft": ("adamw", 3),
-    "update_every": (0, -1, 1.5),
     "start_step": (-1, 2.5),
     "nonfinite": ("hide", None),
-    "refresh": ("sometimes", None),
 }
-_SHAMPOO_REFUSES = {
+_BLOCKS_REFUSE = {
     **_ENGINE_REFUSES,
-    "exponent": (0.0, -0.25),
-    "root": ("cholesky", None),
+    "momentum": (-0.1,),
+    "update_every": (0, -1, 1.5),
+    "refresh": ("sometimes", None),
     "block_size": (0, -4, 2.5),
     "max_order": (0, -1),
     "skip_dim": (0, -1),
     "axes": ("half", ("full", "half"), ()),
     "parts": ("kqv", 0, (3, -1)),
+}
+_SHAMPOO_REFUSES = {
+    **_BLOCKS_REFUSE,
+    "exponent": (0.0, -0.25),
+    "root": ("cholesky", None),
+}
+_JORGE_REFUSES = {
+    **_BLOCKS_REFUSE,
+    "graft": (*_ENGINE_REFUSES["graft"], "rmsprop", "sign"),
+    "momentum": (*_BLOCKS_REFUSE["momentum"], 1.0),
+    "order": (0, 4, 2.5),
+    "variant": ("published", None),
+    "step_fraction": (0.0, 1.5, "auto"),
+}
+_SONEW_REFUSES = {
+    **_ENGINE_REFUSES,
+    "band": (-1, 17, 1.0, True),
+    "floor": (-1e-2, float("inf")),
+    "absolute_floor": (-1e-8,),
+    "drop_tolerance": (-1e-6, 1.5),
+    "graft": (*_ENGINE_REFUSES["graft"], "sign", "adagrad"),
+    "chain": ("column", None),
+    "state_dtype": (torch.float16, "bfloat16"),
+    "kernels": ("fast", None),
 }
 
 # Small blocks and an early start, so that the eight steps of a contract cut, refresh and go stale.
@@ -147,6 +186,52 @@ def _shampoo(
     )
 
 
+def _jorge(name: str, *, twins: tuple[Twin, ...] = (), **options: Any) -> Method:
+    return Method(
+        f"jorge-{name}",
+        parabola.Jorge,
+        {**_EARLY, **options},
+        refused=_JORGE_REFUSES,
+        twins=twins,
+    )
+
+
+def _jorge_twins() -> tuple[Twin, ...]:
+    """Momentum of the graft's own, and no filter of the gradient, whatever betas say."""
+    wd = {"weight_decay": 0.05}
+    late = {"lr": 0.01, "start_step": NEVER, **wd}
+    optim = torch.optim
+    return (
+        Twin(
+            "SGD-momentum",
+            {**late, "decoupled": False},
+            lambda p: optim.SGD(p, 0.01, momentum=0.9, **wd),
+        ),
+        Twin(
+            "SGD-nesterov",
+            {**late, "decoupled": False, "nesterov": True},
+            lambda p: optim.SGD(p, 0.01, momentum=0.9, nesterov=True, **wd),
+        ),
+        Twin(
+            "AdamW",
+            {**late, "graft": "adam", "betas": (0.8, 0.95)},
+            lambda p: optim.AdamW(p, 0.01, betas=(0.8, 0.95), **wd),
+        ),
+    )
+
+
+def _sonew(name: str, *, twins: tuple[Twin, ...] = (), **options: Any) -> Method:
+    return Method(
+        f"sonew-{name}",
+        parabola.SONew,
+        {"lr": 0.01, "start_step": 1, **options},
+        refused=_SONEW_REFUSES,
+        twins=twins,
+    )
+
+
+_SONEW_TWINS = tuple(t for t in _twins() if t.options.get("graft", "adam") in ("adam",))
+
 METHODS = [
     Method(
         "torch-adamw",
@@ -163,6 +248,23 @@ METHODS = [
     _shampoo("staggered", solo=False, refresh="staggered", update_every=3),
     _shampoo("newton", root="newton"),
     _shampoo("newton-schulz", root="newton_schulz"),
+    _jorge("sgd", twins=_jorge_twins()),
+    _jorge("adam", graft="adam", nesterov=True, max_order=3, step_fraction=0.1),
+    _jorge("paper", variant="paper", order=3, momentum=0.0, decoupled=False),
+    _jorge("bare", graft=None, order=1, axes=("auto", "skip")),
+    _sonew("adam", twins=_SONEW_TWINS),
+    _sonew("plain", kernels="torch", twins=_SONEW_TWINS),
+    _sonew("plain-rows", kernels="torch", chain="row", band=3, graft="rmsprop", decoupled=False),
+    _sonew("band4", band=4, chain="row", start_step=0),
+    _sonew("diagonal", band=0, graft="sgd", betas=(0.0, 1.0), decoupled=False),
+    _sonew("bare", graft=None, absolute_floor=1.0, kernels="torch"),
+    _sonew(
+        "bfloat16",
+        state_dtype=torch.bfloat16,
+        betas=(0.9, 0.95),
+        damping=1e-2,
+        drop_tolerance=1e-2,
+    ),
 ]
 
 

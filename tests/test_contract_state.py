@@ -126,7 +126,7 @@ def test_a_deepcopy_goes_its_own_way(method):
 def test_a_pickle_continues_and_stores_nothing_twice(method):
     shapes = ((24, 16), (16, 24), (24, 16), (16,))
     params = make_params(shapes)
-    optimizer = method(params, **({"block_size": 16} if method.engine else {}))
+    optimizer = method(params, **({"block_size": 16} if method.takes("block_size") else {}))
     train(optimizer, params, 4)
     written = pickle.dumps(optimizer)
     weights = [p for p in params] + [p.grad for p in params]
@@ -251,7 +251,7 @@ def test_a_keyword_that_an_old_checkpoint_lacks_gets_its_default(method):
     optimizer = method(params)
     train(optimizer, params, 4)
     saved = copy.deepcopy(optimizer.state_dict())
-    for keyword in ("nonfinite", "refresh", "maximize"):
+    for keyword in ("nonfinite", "start_step", "maximize"):
         del saved["param_groups"][0][keyword]
     resumed_params = clone(params)
     resumed = method(resumed_params)

@@ -217,7 +217,7 @@ def test_one_cycle_moves_the_momentum(method):
     assert_same(params, manual)
 
 
-@every_method
+@over([method for method in METHODS if method.reads_betas])
 def test_betas_written_into_a_group_take_effect_at_once(method):
     written, kept = make_params(((4, 3), (5,))), make_params(((4, 3), (5,)))
     for params, betas in ((written, (0.3, 0.6)), (kept, None)):

@@ -1,141 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From parameters to stacks of equal blocks and back.
+"""Stacks of equal blocks, of all the parameters of a group.
 
-A `Tile` says how a parameter (or a logical part of it) becomes ``rows`` equal blocks: squeezed,
-merged, cut into equal pieces, the last one padded with zeros. Tiles whose blocks look alike share
-a `Bucket`: one tensor ``(n, *block)`` for every state entry, so that n blocks cost one batched
-call. ``optimizer.state[p]`` holds views of these tensors under flat keys such as ``"b0/left"``.
-
-A vector is a tile whose blocks are scalars: its rows are its elements, and a bucket of vectors is
-one run of all their elements.
+Tiles whose blocks look alike share a `Bucket`: one tensor ``(n, *block)`` for every state entry, so
+that n blocks cost one batched call. ``optimizer.state[p]`` holds views of these tensors under flat
+keys such as ``"b0/left"``. A bucket of vectors, or of chains, is one *run* of all their elements.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from math import prod
+from itertools import pairwise
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from parabola.method import Block, Entry, State
+from parabola.tiles import Member, Tile
 
 WINDOW = 1 << 22
 """Elements up to which a bucket keeps a scratch stack with ready-made views."""
 
+MOST_STRETCHES = 64
+"""Stretches of a run that are remembered, for parameters that never have a gradient."""
 
-@dataclass(frozen=True)
-class Tile:
-    """A logical part of a parameter, seen as equal blocks.
-
-    Attributes:
-        start: First index along axis 0 of the parameter (0 when the tile covers all of it).
-        length: Indices along axis 0, or None when the tile covers the whole parameter.
-        parts: Independent matrices side by side (heads, experts, fused projections).
-        merged: Shape of one part after squeezing and merging.
-        block: Shape and preconditioned axes of one block; shape ``()`` for a vector.
-    """
-
-    start: int
-    length: int | None
-    parts: int
-    merged: tuple[int, ...]
-    block: Block
-
-    @cached_property
-    def grid(self) -> tuple[int, ...]:
-        """Blocks along every axis of one part."""
-        if not self.block.shape:
-            return self.merged
-        return tuple(-(-d // b) for d, b in zip(self.merged, self.block.shape, strict=True))
-
-    @cached_property
-    def per_part(self) -> int:
-        """Blocks of one logical part: the scope of its graft norm."""
-        return prod(self.grid)
-
-    @cached_property
-    def rows(self) -> int:
-        """Rows that the tile takes in its bucket."""
-        return self.parts * self.per_part
-
-    @cached_property
-    def padding(self) -> list[int]:
-        """Zeros appended to every axis, in the order of ``torch.nn.functional.pad``."""
-        ends = zip(self.merged, self.grid, self.block.shape, strict=True)
-        return [x for d, g, b in reversed(list(ends)) for x in (0, g * b - d)]
-
-    @cached_property
-    def whole(self) -> bool:
-        """True when the rows are the part itself, row after row: views serve in both directions."""
-        return not self.block.shape or (self.per_part == 1 and not any(self.padding))
-
-    def part(self, x: Tensor) -> Tensor:
-        """The tile's own piece of a tensor with the parameter's shape (a view)."""
-        return x if self.length is None else x.narrow(0, self.start, self.length)
-
-    def pair(self, rows: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Views ``(into rows, of x)`` of equal shape, so that a copy between them tiles ``x``."""
-        x = self.part(x)
-        if self.whole:
-            return rows.view(x.shape), x
-        k = len(self.grid)
-        x = F.pad(x.reshape(self.parts, *self.merged), self.padding)
-        sides = zip(self.grid, self.block.shape, strict=True)
-        x = x.view(self.parts, *(side for pair in sides for side in pair))
-        rows = rows.view(self.parts, *self.grid, *self.block.shape)
-        return rows.permute(0, *(axis for i in range(k) for axis in (1 + i, 1 + k + i))), x
-
-    def read(self, rows: Tensor, shape: torch.Size) -> Tensor:
-        """The rows put together again, in the shape of ``part``: a view if ``whole``, else new."""
-        if self.whole:
-            return rows.view(shape)
-        k = len(self.grid)
-        x = rows.view(self.parts, *self.grid, *self.block.shape)
-        x = x.permute(0, *(axis for i in range(k) for axis in (1 + i, 1 + k + i)))
-        x = x.reshape(
-            self.parts, *(g * b for g, b in zip(self.grid, self.block.shape, strict=True))
-        )
-        for axis, d in enumerate(self.merged, start=1):
-            x = x.narrow(axis, 0, d)
-        return x.reshape(shape)
-
-
-@dataclass(frozen=True)
-class Member:
-    """A tile in a bucket: whose it is, and which rows it has.
-
-    Attributes:
-        slot: Index of the parameter in its group's layout.
-        param: The parameter.
-        tile: Its geometry.
-        first: Index, within the parameter, of the tile's first block.
-        start: First row in the bucket.
-    """
-
-    slot: int
-    param: Tensor
-    tile: Tile
-    first: int
-    start: int
-
-    @property
-    def end(self) -> int:
-        """One past the last row in the bucket."""
-        return self.start + self.tile.rows
-
-    def keys(self, name: str) -> list[str]:
-        """Keys of ``optimizer.state[param]`` under which the entry ``name`` is found."""
-        if not self.tile.block.shape:
-            return [name]
-        return [f"b{self.first + i}/{name}" for i in range(self.tile.rows)]
-
-    def views(self, tensor: Tensor) -> list[Tensor]:
-        """The tensors behind `keys`: views of the bucket's tensor."""
-        rows = tensor[self.start : self.end]
-        return list(rows.unbind(0)) if self.tile.block.shape else [rows.view(self.param.shape)]
+PIECE = {"cpu": 1 << 18, "other": 1 << 24}
+"""Elements of a run that are worked on together: few enough for a CPU core's cache."""
 
 
 @dataclass
@@ -153,6 +43,8 @@ class Bucket:
         phase: ``(n, factors)`` int64 on the host: offset of each factor's refresh step.
         t: Step count of the rows, an int or, where they differ, ``(n,)`` int64 on the host.
         settled: True when the last refresh left a sound root for every factor of every row.
+        scratch: Memory for `window` that buckets share, at least ``(n, *block)``.
+        memo: What a step derives from the geometry once and wants to find again.
     """
 
     members: list[Member]
@@ -165,7 +57,10 @@ class Bucket:
     phase: Tensor
     t: int | Tensor = 0
     settled: bool = False
+    scratch: Tensor | None = None
+    memo: dict[Any, Any] = field(default_factory=dict)
     _vectors: dict[str, list[Tensor]] = field(default_factory=dict)
+    _stretches: dict[tuple[int, int], "Bucket"] = field(default_factory=dict)
 
     @cached_property
     def n(self) -> int:
@@ -199,9 +94,12 @@ class Bucket:
         Making the views costs more than the copy where tensors are many and small. None for large
         buckets, which would hold the memory, and for those with cut blocks, which are not views.
         """
-        if self.n * self.block.numel > WINDOW or not all(m.tile.whole for m in self.members):
+        if self.scratch is not None:
+            stack = self.scratch[: self.n]
+        elif self.n * self.block.numel > WINDOW or not all(m.tile.whole for m in self.members):
             return None
-        stack = torch.empty(self.n, *self.block.shape, dtype=self.dtype, device=self.device)
+        else:
+            stack = torch.empty(self.n, *self.block.shape, dtype=self.dtype, device=self.device)
         return stack, self._shaped(stack)
 
     def _shaped(self, stack: Tensor) -> list[Tensor]:
@@ -242,7 +140,8 @@ class Bucket:
         """Pairs ``(parts of the parameters, rows of the stack in their shape)``; both writable."""
         targets = [m.tile.part(p) for m, p in zip(self.members, self.params, strict=True)]
         if self.window is not None:
-            self.window[0].copy_(stack)
+            if stack is not self.window[0]:
+                self.window[0].copy_(stack)
             return targets, self.window[1]
         return targets, self._shaped(stack)
 
@@ -285,6 +184,49 @@ class Bucket:
             settled=self.settled,
         )
 
+    def stretch(self, first: int, last: int, scratch: Tensor | None = None) -> "Bucket":
+        """The members ``first`` to ``last - 1`` of a run, as a bucket of views."""
+        if (first, last) == (0, len(self.members)) and scratch is None:
+            return self
+        found = self._stretches.get((first, last))
+        if found is None:
+            start, end = self.members[first].start, self.members[last - 1].end
+            if len(self._stretches) > MOST_STRETCHES:
+                self._stretches.clear()
+            found = self._stretches[first, last] = replace(
+                self,
+                members=[replace(m, start=m.start - start) for m in self.members[first:last]],
+                state={key: value[start:end] for key, value in self.state.items()},
+                scratch=scratch,
+                memo={},
+                _vectors={},
+                _stretches={},
+            )
+        return found
+
+    @cached_property
+    def pieces(self) -> list["Bucket"]:
+        """A run cut between members into stretches of about `PIECE` elements.
+
+        They share one scratch stack. A member with more elements is a piece of its own, and has no
+        share in it when it is larger than `WINDOW`.
+        """
+        limit = PIECE.get(self.device.type, PIECE["other"])
+        cuts, size = [0], 0
+        for i, rows in enumerate(self.splits):
+            if size and size + rows > limit:
+                cuts.append(i)
+                size = 0
+            size += rows
+        spans = [*pairwise([*cuts, len(self.members)])]
+        sizes = [sum(self.splits[first:last]) for first, last in spans]
+        largest = max((n for n in sizes if n <= WINDOW), default=0)
+        scratch = torch.empty(largest, dtype=self.dtype, device=self.device)
+        return [
+            self.stretch(*span, scratch=scratch if n <= WINDOW else None)
+            for span, n in zip(spans, sizes, strict=True)
+        ]
+
     def restore(self, subset: "Bucket", chosen: Sequence[int]) -> None:
         """Write the state of a `subset` back."""
         rows = self.index(chosen)
@@ -303,6 +245,7 @@ def state_dtype(param: Tensor) -> torch.dtype:
 
 def new_state(entry: Entry, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A fresh state tensor ``(n, *entry.shape)``."""
+    dtype = entry.dtype or dtype
     if entry.start == "eye":
         eye = torch.eye(entry.shape[-1], dtype=dtype, device=device)
         return eye.expand(n, *entry.shape).contiguous()

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from parabola.blocks import Bucket
-from parabola.method import Entry, Options
+from parabola.method import Block, Entry, Options, State
 
 PLAIN = (1e-12, 1e12)
 """Norms in this range need no scaling: entries that would vanish squared do not count there."""
@@ -29,14 +29,19 @@ SECOND_MOMENT = ("adam", "rmsprop", "adagrad")
 """Grafts that keep second moments."""
 
 
-def entries(shape: tuple[int, ...], options: Options) -> dict[str, Entry]:
+def entries(block: Block, options: Options, filter_direction: bool) -> dict[str, Entry]:
     """Elementwise state of a block, only what the options need."""
+    graft, keeps = options["graft"], options.get("momentum", 0) > 0
     needed = {
         "exp_avg": options["betas"][0] > 0,
-        "exp_avg_sq": options["graft"] in SECOND_MOMENT,
-        "momentum_buffer": options["momentum"] > 0,
+        "exp_avg_sq": graft in SECOND_MOMENT,
+        "momentum_buffer": keeps,
     }
-    return {name: Entry(shape) for name, wanted in needed.items() if wanted}
+    if filter_direction:  # the filters of the gradient belong to the graft alone
+        needed["exp_avg"] &= graft == "adam"
+        needed["momentum_buffer"] &= graft == "sgd" or (graft is None and not block.axes)
+        needed["exp_avg_direction"] = keeps and bool(block.axes)
+    return {name: Entry(block.shape) for name, wanted in needed.items() if wanted}
 
 
 def decay(beta: float) -> tuple[float, float]:
@@ -55,37 +60,60 @@ def correction(bucket: Bucket, beta: float) -> float | Tensor:
 
 
 def filtered(bucket: Bucket, g: Tensor, options: Options) -> Tensor:
-    """``m <- beta1 m + (1 - beta1) g``, bias-corrected; ``g`` itself at beta1 = 0."""
-    beta1 = options["betas"][0]
-    if beta1 == 0:
+    """``m <- beta1 m + (1 - beta1) g``, bias-corrected; ``g`` itself where no filter is kept."""
+    exp_avg = bucket.state.get("exp_avg")
+    if exp_avg is None:
         return g
-    exp_avg = bucket.state["exp_avg"]
+    beta1 = options["betas"][0]
     exp_avg.lerp_(g, 1.0 - beta1)
     return exp_avg / correction(bucket, beta1)
 
 
-def direction(bucket: Bucket, g: Tensor, m: Tensor, options: Options) -> Tensor:
-    """The graft's own direction ``a``, ``(n, ...)``, after taking ``g`` into its second moments."""
+def accumulate(bucket: Bucket, g: Tensor, options: Options) -> None:
+    """Take the raw gradient into the second moments, where the graft has any."""
+    v = bucket.state.get("exp_avg_sq")
+    if v is not None:
+        old, new = decay(second_decay(options))
+        v.mul_(old).addcmul_(g, g, value=new)
+
+
+def second_decay(options: Options) -> float:
+    """Decay of the graft's second moments: 1 for the sums of Adagrad."""
+    return 1.0 if options["graft"] == "adagrad" else float(options["betas"][1])
+
+
+def direction(state: State, m: Tensor, correction: float | Tensor, options: Options) -> Tensor:
+    """The graft's own direction ``a``, a new tensor ``(n, ...)``.
+
+    Args:
+        state: With the second moments, where the graft has any.
+        m: The filtered gradient.
+        correction: ``1 - beta2^t``.
+        options: The parameter group.
+    """
+    a, scale = unscaled(state, m, correction, options)
+    return a if isinstance(scale, float) and scale == 1.0 else a.mul_(scale)
+
+
+def unscaled(
+    state: State, m: Tensor, correction: float | Tensor, options: Options
+) -> tuple[Tensor, float | Tensor]:
+    """The same as ``(a, scale)`` with the direction ``scale * a``, for those who need its norm."""
     graft = options["graft"]
     if graft == "sign":
-        return m.sign()
+        return m.sign(), 1.0
     if graft not in SECOND_MOMENT:
-        return m.clone()
-    beta2 = 1.0 if graft == "adagrad" else options["betas"][1]
-    old, new = decay(beta2)
-    v = bucket.state["exp_avg_sq"]
-    v.mul_(old).addcmul_(g, g, value=new)
-    denominator = v.sqrt()
-    if graft == "adam":
-        denominator.div_(correction(bucket, beta2) ** 0.5)
-    denominator.add_(options["eps"])
-    a: Tensor = torch.div(m, denominator, out=denominator)
-    return a
+        return m.clone(), 1.0
+    scale = correction**0.5 if graft == "adam" else 1.0
+    denominator = state["exp_avg_sq"].sqrt()
+    denominator.add_(options["eps"] * scale)
+    return torch.div(m, denominator, out=denominator), scale
 
 
 def rescale(bucket: Bucket, d: Tensor, a: Tensor) -> Tensor:
     """``d <- d |a| / |d|``, in place, with the norms over every logical part of a parameter."""
-    target, own = (_norm(bucket, x) for x in (a, d))
+    parts = bucket.n // bucket.per_part
+    target, own = (norms(x.view(parts, -1)) for x in (a, d))
     factor = torch.where(own > 0, target / own, 0.0)
     if bucket.per_part > 1:
         factor = factor.repeat_interleave(bucket.per_part)
@@ -93,12 +121,13 @@ def rescale(bucket: Bucket, d: Tensor, a: Tensor) -> Tensor:
     return d
 
 
-def _norm(bucket: Bucket, x: Tensor) -> Tensor:
-    """Norms ``(parts,)``, scaled by the largest entry so that 1e-25 and 1e18 survive float32."""
-    x = x.view(bucket.n // bucket.per_part, -1)
+def norms(x: Tensor) -> Tensor:
+    """Norms of rows, scaled by the largest entry so that 1e-25 and 1e18 survive float32."""
     plain: Tensor = torch.linalg.vector_norm(x, dim=1)
-    if x.device.type == "cpu" and bool(((plain > PLAIN[0]) & (plain < PLAIN[1])).all()):
-        return plain  # squares neither overflow nor vanish (asking an accelerator would stall it)
+    if x.device.type == "cpu" and len(plain):  # to ask an accelerator would stall it
+        least, most = plain.aminmax()
+        if PLAIN[0] < float(least) and float(most) < PLAIN[1]:
+            return plain  # squares neither overflow nor vanish
     largest = x.abs().amax(dim=1)
     scale = torch.where(largest > 0, largest, 1.0)
     norm: Tensor = torch.linalg.vector_norm(x / scale.unsqueeze(1), dim=1) * largest
@@ -107,20 +136,31 @@ def _norm(bucket: Bucket, x: Tensor) -> Tensor:
 
 def momentum(bucket: Bucket, d: Tensor, options: Options) -> Tensor:
     """``v <- momentum v + d``; returns ``v``, or ``d + momentum v`` with Nesterov; in ``d``."""
-    mu = options["momentum"]
-    if mu == 0:
+    buffer = bucket.state.get("momentum_buffer")
+    if buffer is None:
         return d
-    buffer = bucket.state["momentum_buffer"]
+    mu = options["momentum"]
     buffer.mul_(mu).add_(d)
     return d.add_(buffer, alpha=mu) if options["nesterov"] else d.copy_(buffer)
+
+
+def averaged(bucket: Bucket, d: Tensor, options: Options) -> Tensor:
+    """``M <- momentum M + (1 - momentum) d``; ``M``, or one more such step with Nesterov."""
+    average = bucket.state.get("exp_avg_direction")
+    if average is None:
+        return d
+    mu = options["momentum"]
+    average.lerp_(d, 1.0 - mu)
+    return d.lerp_(average, mu) if options["nesterov"] else d.copy_(average)
 
 
 def fused_adam(bucket: Bucket, options: Options) -> bool:
     """True where torch's fused Adam kernel does all that the options ask of these rows."""
     return (
         not bucket.block.shape
+        and not bucket.block.axes
         and options["graft"] == "adam"
-        and options["momentum"] == 0
+        and "momentum_buffer" not in bucket.state
         and options["betas"][0] > 0
         and options["betas"][1] < 1
         and bucket.params[0].dtype == bucket.dtype

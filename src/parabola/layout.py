@@ -14,9 +14,9 @@ from torch import Tensor
 
 from parabola import blocks, grafting
 from parabola.blocks import Bucket
-from parabola.method import Block, Entry, Method, Options
+from parabola.method import Block, ChainMethod, Entry, Method, Options
 from parabola.refresh import assign_phases
-from parabola.routing import STRUCTURAL, Route, route
+from parabola.routing import STRUCTURAL, Route, chain, route
 
 HOST = ("refreshed", "failures")
 """Bookkeeping of every block, kept on the host: ``(factors,)`` int32 each."""
@@ -30,8 +30,10 @@ def names_of(group: Mapping[str, Any]) -> list[str]:
     return list(group.get("param_names") or (f"parameter {i}" for i in range(len(group["params"]))))
 
 
-def routes_of(group: Mapping[str, Any]) -> list[Route]:
+def routes_of(method: Method, group: Mapping[str, Any]) -> list[Route]:
     """The treatment of every parameter of a group."""
+    if isinstance(method, ChainMethod):
+        return [chain(tuple(p.shape), group, method.halo(group)) for p in group["params"]]
     names = group.get("param_names") or [None] * len(group["params"])
     return [route(n, tuple(p.shape), group) for n, p in zip(names, group["params"], strict=True)]
 
@@ -39,7 +41,7 @@ def routes_of(group: Mapping[str, Any]) -> list[Route]:
 def entries(method: Method, block: Block, options: Options) -> dict[str, Entry]:
     """All state tensors of one block on the device: the engine's, and the method's."""
     own = method.init(block, options) if block.axes else {}
-    return {**grafting.entries(block.shape, options), **own}
+    return {**grafting.entries(block, options, method.filter_direction), **own}
 
 
 def factors(method: Method, block: Block, options: Options) -> dict[str, float]:
@@ -47,13 +49,14 @@ def factors(method: Method, block: Block, options: Options) -> dict[str, float]:
     return method.factors(block, options) if block.axes else {}
 
 
-def signature(group: Mapping[str, Any]) -> tuple[Any, ...]:
+def signature(method: Method, group: Mapping[str, Any]) -> tuple[Any, ...]:
     """All that decides the shape of the state and the schedule of its refreshes."""
-    keywords = (*STRUCTURAL, "graft", "refresh", "update_every")
+    keywords = (*STRUCTURAL, *method.structural, "graft", "refresh", "update_every")
+    values = (group.get(k) for k in keywords)
     return (
-        *(tuple(group[k]) if isinstance(group[k], list) else group[k] for k in keywords),
+        *(tuple(value) if isinstance(value, list) else value for value in values),
         group["betas"][0] > 0,
-        group["momentum"] > 0,
+        group.get("momentum", 0) > 0,
     )
 
 
@@ -75,12 +78,13 @@ class Layout:
     def __init__(
         self, method: Method, group: Mapping[str, Any], state: MutableMapping[Tensor, Any]
     ) -> None:
-        self._signature = signature(group)
+        self._method = method
+        self._signature = signature(method, group)
         self._params = list(group["params"])
         self._owners: list[dict[str, Any]] = []
         self._keys: list[str] = []
         self._views: list[Tensor] = []
-        named = zip(group["params"], names_of(group), routes_of(group), strict=True)
+        named = zip(group["params"], names_of(group), routes_of(method, group), strict=True)
         kept = [x for x in named if wanted(x[0])]
         self._idle = [p for p in group["params"] if not wanted(p)]
         self.params = [p for p, _, _ in kept]
@@ -92,7 +96,7 @@ class Layout:
             lambda block: entries(method, block, group),
             lambda block: factors(method, block, group),
         )
-        if group["refresh"] == "staggered":
+        if group.get("refresh") == "staggered":
             costs = [list(factors(method, b.block, group).values()) for b in self.buckets]
             assign_phases(self.buckets, costs, group["update_every"])
         self.step_views = list(self.steps.unbind(0))
@@ -120,8 +124,8 @@ class Layout:
             if tuple(old.shape) != tuple(view.shape):
                 raise ValueError(
                     f"state {key!r} of {name} has shape {tuple(old.shape)}, expected "
-                    f"{tuple(view.shape)}: block_size, max_order, axes, skip_dim, precondition_1d "
-                    "and parts must be those under which the state was made"
+                    f"{tuple(view.shape)}: keywords that shape the state must be those under which "
+                    f"it was made ({', '.join((*STRUCTURAL, *self._method.structural))})"
                 )
             view.copy_(old)
         own[key] = view
@@ -134,7 +138,7 @@ class Layout:
         return (
             len(self._params) == len(group["params"])
             and all(map(is_, self._params, group["params"]))
-            and self._signature == signature(group)
+            and self._signature == signature(self._method, group)
             and all(p.grad is None for p in self._idle)
             and all(map(is_, map(state.get, self.params), self._own))
             and all(map(is_, map(dict.get, self._owners, self._keys), self._views))
@@ -143,9 +147,10 @@ class Layout:
     def active(self, grads: Sequence[Tensor | None]) -> Iterator[tuple[Bucket, list[Tensor]]]:
         """Step the clocks and yield ``(bucket, gradients)``, one gradient a member.
 
-        Where some gradients of a bucket are missing, a bucket of copies stands in for the members
+        Where some gradients of a stack are missing, a bucket of copies stands in for the members
         that have one, and is written back after the caller is done with it: the others stay
-        untouched, as in torch.optim. Such a step copies the bucket's state twice.
+        untouched, as in torch.optim. Such a step copies the bucket's state twice. A run is cut into
+        stretches instead, so that all members of one have a gradient and the same step count.
         """
         present = [i for i, g in enumerate(grads) if g is not None]
         complete = len(present) == len(grads)
@@ -160,6 +165,12 @@ class Layout:
             ]
             if not chosen:
                 continue
+            if not bucket.block.shape:
+                for first, last in _stretches(chosen, [clock[s] for s in bucket.slots]):
+                    run = bucket.stretch(first, last)
+                    run.t = int(clock[run.slots[0]])
+                    yield run, [g for s in run.slots if (g := grads[s]) is not None]
+                continue
             whole = len(chosen) == len(bucket.members)
             work = bucket if whole else bucket.subset(chosen)
             work.t = _rows_clock([clock[slot] for slot in work.slots], work.splits)
@@ -170,6 +181,15 @@ class Layout:
     def steps_of(self, bucket: Bucket) -> list[Tensor]:
         """The step count of each member: 0-d views of `steps`."""
         return [self.step_views[slot] for slot in bucket.slots]
+
+
+def _stretches(chosen: Sequence[int], ticks: Sequence[float]) -> Iterator[tuple[int, int]]:
+    """Cut members into ``(first, last + 1)`` of neighbours with the same step count."""
+    first = chosen[0]
+    for i, after in zip(chosen, [*chosen[1:], -1], strict=True):
+        if after != i + 1 or ticks[after] != ticks[i]:
+            yield first, i + 1
+            first = after
 
 
 def _rows_clock(ticks: list[float], splits: list[int]) -> int | Tensor:

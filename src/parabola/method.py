@@ -12,13 +12,15 @@ parameters, ranks, devices, schedules or checkpoints. The engine (``optimizer.py
     cost        what the two cost, for ``opt.plan()``
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any, ClassVar, Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
+from parabola.kernels import Kernel
 from parabola.options import Check
 
 Options = Mapping[str, Any]
@@ -27,14 +29,17 @@ Options = Mapping[str, Any]
 State = dict[str, Tensor]
 """The stacked state of a bucket: every tensor has shape ``(n, ...)``."""
 
+GRADIENT = "gradient"
+"""Among the inputs of a factor: the raw gradient of the step in which it is refreshed."""
+
 
 @dataclass(frozen=True)
 class Block:
     """The geometry that all blocks of a stack share.
 
     Attributes:
-        shape: Side lengths of one block; ``()`` for the elements of a vector run.
-        axes: The axes of ``shape`` that are preconditioned.
+        shape: Side lengths of one block; ``()`` for the elements of a run.
+        axes: The axes of ``shape`` that are preconditioned; ``(0,)`` for a run of chains.
     """
 
     shape: tuple[int, ...]
@@ -45,12 +50,21 @@ class Block:
         """Elements of one block."""
         return prod(self.shape)
 
+    @property
+    def chained(self) -> bool:
+        """True for the elements of a run that are preconditioned along chains."""
+        return not self.shape and bool(self.axes)
+
 
 class Entry(NamedTuple):
-    """One state tensor of one block: its shape and what it starts from."""
+    """One state tensor of one block: its shape, what it starts from, its dtype.
+
+    None stands for the dtype of all arithmetic, float32 or (for float64 parameters) float64.
+    """
 
     shape: tuple[int, ...]
     start: Literal["zeros", "eye"] = "zeros"
+    dtype: torch.dtype | None = None
 
 
 class Cost(NamedTuple):
@@ -65,13 +79,14 @@ class Refreshed(NamedTuple):
 
     Attributes:
         tensors: New values of state tensors, each ``(m, ...)``.
-        ok: ``(m,)`` bool. The engine keeps the old values of a row that is not ok.
+        ok: ``(m,)`` bool. The engine keeps the old values of a row that is not ok. None: all rows
+            are sound, and nobody has to wait for an accelerator to learn it.
         retries: ``(m,)`` integers. Rungs of the numerical fallback chain that were climbed.
     """
 
     tensors: State
-    ok: Tensor
-    retries: Tensor
+    ok: Tensor | None = None
+    retries: Tensor | None = None
 
 
 class Method:
@@ -79,9 +94,18 @@ class Method:
 
     Attributes:
         checks: Keyword -> (predicate, text of what is allowed), for the method's own keywords.
+        structural: Those of them that decide the shape or the dtype of the state.
+        filter_direction: What the first moment averages. False: the gradient, which is then
+            preconditioned; momentum acts on the grafted direction. True: the preconditioned
+            gradient, with decay ``momentum``; the graft then has momentum of its own.
     """
 
     checks: ClassVar[Mapping[str, Check]] = {}
+    structural: ClassVar[tuple[str, ...]] = ()
+    filter_direction: ClassVar[bool] = False
+
+    def check(self, options: Options) -> None:
+        """Raise ValueError where values that are allowed one by one do not go together."""
 
     def init(self, block: Block, options: Options) -> dict[str, Entry]:
         """State tensors of one block, by name (no dots)."""
@@ -95,8 +119,15 @@ class Method:
         """Take the gradient ``g``, ``(n, *block.shape)``, into the statistics, in place."""
 
     def inputs(self, factor: str) -> tuple[str, ...]:
-        """Names of the state tensors that ``refresh`` of this factor reads."""
+        """What ``refresh`` of this factor reads: names of state tensors, and `GRADIENT`.
+
+        A factor that reads the gradient is refreshed from the first step on.
+        """
         return ()
+
+    def burst(self, factor: str, block: Block, options: Options) -> int:
+        """How many of its first steps all refresh a factor that reads the gradient."""
+        return 0
 
     def refresh(self, state: State, factor: str, block: Block, options: Options) -> Refreshed:
         """Recompute one factor from a snapshot of its inputs, ``m`` rows of the stack."""
@@ -109,3 +140,47 @@ class Method:
     def cost(self, block: Block, options: Options) -> Cost:
         """FLOPs of one block: of a plain step, and of one refresh of all its factors."""
         return Cost(0.0, 0.0)
+
+
+class ChainMethod(Method):
+    """Base of methods that couple near neighbours along a chain of elements.
+
+    The blocks are single elements, of whole parameters one after another: a *run*. The engine walks
+    over it in stretches of ``n`` elements that stay in a cache; a stretch may begin and end within
+    a chain. ``exp_avg_sq`` is in the state, whatever the graft, and belongs to the method.
+    """
+
+    def halo(self, options: Options) -> int:
+        """How far along the chain an element's direction looks, to either side."""
+        return 0
+
+    def accumulate_chain(
+        self, state: State, g: Tensor, breaks: Sequence[Tensor], options: Options
+    ) -> None:
+        """Take the gradient into the statistics of a stretch, in place.
+
+        Args:
+            state: ``(n,)`` each.
+            g: ``(n + ahead,)``: the stretch and, where the run goes on, `halo` elements more.
+            breaks: For k = 1..halo the positions whose k-th successor is not in their chain, int64.
+            options: The parameter group.
+        """
+
+    def apply_chain(
+        self, state: State, m: Tensor, mean_square: Tensor, correction: float, options: Options
+    ) -> Tensor:
+        """Precondition ``m``, ``(n,)``, the bias-corrected first moment; returns a new tensor.
+
+        Args:
+            state: ``(n,)`` each. Directions within `halo` of either end are not used, unless a
+                chain begins or ends there.
+            m: ``(n,)``.
+            mean_square: Mean of ``exp_avg_sq`` over each element's parameter, ``()`` or ``(n,)``.
+            correction: ``1 - beta2^t``, the bias of all second-order statistics.
+            options: The parameter group.
+        """
+        return m.clone()
+
+    def kernel(self, device: torch.device, dtype: torch.dtype, options: Options) -> Kernel | None:
+        """A fused form of the whole step for parameters of this dtype, if there is one."""
+        return None

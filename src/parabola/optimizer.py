@@ -10,6 +10,9 @@ d  <- apply(P, m)                                   METHOD
 d  <- d |a| / |d|
 v  <- momentum v + d ;  d <- v, or d + momentum v
 p  <- p - lr (d + weight_decay p)
+
+A method that filters the direction (``Method.filter_direction``) has momentum on ``a``, an average
+over ``apply(P, g)`` in ``d``, and none after the rescaling.
 """
 
 import copy
@@ -21,12 +24,12 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from parabola import faults, grafting
+from parabola import chains, faults, grafting
 from parabola.blocks import Bucket
 from parabola.distributed import Exchange, Local
 from parabola.layout import Layout, routes_of
 from parabola.linalg import full_precision
-from parabola.method import Method
+from parabola.method import ChainMethod, Method
 from parabola.options import validate
 from parabola.plan import Plan, plan_groups
 from parabola.refresh import ready, refresh
@@ -77,8 +80,11 @@ class SecondOrder(Optimizer):
             for bucket, bucket_grads in layout.active(grads):
                 if grafting.fused_adam(bucket, group):
                     grafting.fused_adam_step(bucket, bucket_grads, layout.steps_of(bucket), group)
-                else:
-                    with torch.autocast(bucket.device.type, enabled=False):
+                    continue
+                with torch.autocast(bucket.device.type, enabled=False):
+                    if isinstance(self.method, ChainMethod) and bucket.block.chained:
+                        chains.step(self.method, self._exchange, bucket, bucket_grads, group)
+                    else:
                         self._advance(bucket, bucket_grads, group)
         self.stats["steps"] += bool(work)
         failures = self.stats["root_failures"] - failures
@@ -93,17 +99,25 @@ class SecondOrder(Optimizer):
         if bucket.block.axes:
             with full_precision():
                 self.method.accumulate(bucket.state, g, bucket.block, group)
-            refresh(self.method, bucket, group, self.stats)
+            refresh(self.method, bucket, g, group, self.stats)
+        early = self.method.filter_direction
+        grafting.accumulate(bucket, g, group)
         m = grafting.filtered(bucket, g, group)
-        a = d = grafting.direction(bucket, g, m, group)
+        correction = grafting.correction(bucket, grafting.second_decay(group))
+        a = d = grafting.direction(bucket.state, m, correction, group)
+        if early:
+            a = d = grafting.momentum(bucket, a, group)
         rows = ready(bucket, group) if bucket.block.axes else False
         if rows is not False:
-            d = self.method.apply(bucket.state, m, bucket.block, group)
+            d = self.method.apply(bucket.state, g if early else m, bucket.block, group)
+            if early:
+                d = grafting.averaged(bucket, d, group)
             if group["graft"] is not None:
                 d = grafting.rescale(bucket, d, a)
             if rows is not True:
                 d = torch.where(bucket.expand(rows), d, a)
-        d = grafting.momentum(bucket, d, group)
+        if not early:
+            d = grafting.momentum(bucket, d, group)
         self._exchange.deliver(bucket, d, group)
 
     def _work(self) -> Iterator[tuple[dict[str, Any], Layout, list[Tensor | None]]]:
@@ -144,7 +158,8 @@ class SecondOrder(Optimizer):
         group = self.param_groups[-1]
         try:
             validate(group, self.method.checks)
-            routes_of(group)  # refuses parts that do not fit a shape
+            self.method.check(group)
+            routes_of(self.method, group)  # refuses parts that do not fit a shape
             for p in group["params"]:
                 if p.is_complex():
                     raise ValueError(

@@ -115,7 +115,7 @@ def validate(group: Mapping[str, Any], checks: Mapping[str, Check]) -> None:
         if name in group and not allowed(group[name]):
             title = TITLES.get(name, name)
             raise ValueError(f"Invalid {title} value: {group[name]!r}; allowed for {name}: {text}")
-    if group["nesterov"] and group["momentum"] == 0:
+    if group.get("nesterov") and group["momentum"] == 0:
         raise ValueError(
             "Nesterov momentum requires a momentum: nesterov is True and momentum is "
             f"{group['momentum']!r}; allowed for momentum: > 0"

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from parabola import layout
 from parabola.blocks import state_dtype
-from parabola.method import Method
+from parabola.method import ChainMethod, Method
 from parabola.routing import Route
+from parabola.tiles import Tile
 
 if TYPE_CHECKING:
     from parabola.optimizer import SecondOrder
@@ -26,7 +26,8 @@ class Row:
     Attributes:
         name: Its name, or its position where none was given.
         shape: Its declared shape.
-        treatment: In words, such as ``"2 x 512x512"`` blocks or ``"graft"``.
+        treatment: In words, such as ``"2 x 512x512"`` blocks, ``"chain of 50176 (numba)"`` with the
+            fused form that serves it, or ``"graft (adam)"``.
         reason: Why.
         blocks: Preconditioned blocks; 0 where only the graft's step is taken.
         numel: Elements.
@@ -133,7 +134,7 @@ def plan_groups(method: Method, groups: Sequence[Mapping[str, Any]]) -> Plan:
     """The plan of complete parameter groups."""
     rows = []
     for group in groups:
-        names, routes = layout.names_of(group), layout.routes_of(group)
+        names, routes = layout.names_of(group), layout.routes_of(method, group)
         for name, route, p in zip(names, routes, group["params"], strict=True):
             rows.append(_row(method, group, name, route, p))
     return Plan(tuple(rows))
@@ -142,24 +143,35 @@ def plan_groups(method: Method, groups: Sequence[Mapping[str, Any]]) -> Plan:
 def _row(method: Method, group: Mapping[str, Any], name: str, route: Route, p: Tensor) -> Row:
     if not layout.wanted(p):
         return Row(name, tuple(p.shape), "none", "frozen", 0, p.numel(), 0, 0.0, 0.0)
-    size = torch.empty((), dtype=state_dtype(p)).element_size()
     state = layout.STEP_BYTES
     step = refresh = 0.0
     shapes = []
     for tile in route.tiles:
         entries = layout.entries(method, tile.block, group).values()
-        state += tile.rows * size * sum(prod(entry.shape) for entry in entries)
+        for entry in entries:
+            size = (entry.dtype or state_dtype(p)).itemsize
+            state += tile.rows * size * prod(entry.shape)
         if tile.block.axes:
             state += tile.rows * layout.HOST_BYTES * len(method.factors(tile.block, group))
             cost = method.cost(tile.block, group)
             step, refresh = step + tile.rows * cost.step, refresh + tile.rows * cost.refresh
-            sides = "x".join(map(str, tile.block.shape))
-            shapes.append(f"{tile.rows} x {sides}" if tile.rows > 1 else sides)
-    blocks = sum(tile.rows for tile in route.tiles if tile.block.axes)
+            shapes.append(_words(method, group, tile, p))
+    blocks = sum(tile.rows for tile in route.tiles if tile.block.axes and tile.block.shape)
     treatment = " + ".join(shapes) or f"graft ({group['graft']})"
     return Row(
         name, tuple(p.shape), treatment, route.reason, blocks, p.numel(), state, step, refresh
     )
+
+
+def _words(method: Method, group: Mapping[str, Any], tile: Tile, p: Tensor) -> str:
+    """Such as ``"2 x 512x512"``, or ``"1000 chains of 784 (numba)"``."""
+    if isinstance(method, ChainMethod):
+        count = tile.rows // tile.chain
+        text = f"{count} chains of {tile.chain}" if count > 1 else f"chain of {tile.chain}"
+        kernel = method.kernel(p.device, p.dtype, group) if p.is_contiguous() else None
+        return f"{text} ({kernel.name})" if kernel else text
+    sides = "x".join(map(str, tile.block.shape))
+    return f"{tile.rows} x {sides}" if tile.rows > 1 else sides
 
 
 def _scaled(value: float, unit: str, base: int = 1000) -> str:

@@ -10,6 +10,9 @@ Schedule, with t = 1, 2, ... and s = ``start_step``: "inline" refreshes everythi
 t = s + 1, s + 1 + F, ... with F = ``update_every``. "staggered" gives every factor its own offset
 in 0..F-1, balanced by cost, so that each step carries about 1/F of the work; offsets other than 0
 first fall on the F - 1 steps before s + 1, so that all roots stand when preconditioning begins.
+
+A factor that is updated from the gradient at hand instead of from statistics does not wait for s:
+it is refreshed at its first steps (its ``burst``), and where F divides t after them.
 """
 
 import heapq
@@ -22,7 +25,7 @@ from torch import Tensor
 from parabola.blocks import Bucket
 from parabola.faults import STRIKES, Stats, on_failed_roots
 from parabola.linalg import full_precision
-from parabola.method import Block, Method, Options, Refreshed, State
+from parabola.method import GRADIENT, Block, Method, Options, Refreshed, State
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class Job:
         factor: Name of the factor.
         column: Its column in ``Bucket.refreshed``.
         rows: ``(m,)`` int64 on the host, or None for all rows.
-        inputs: Snapshot of the state that the factor is computed from, each ``(m, ...)``.
+        inputs: Snapshot of what the factor is computed from, each ``(m, ...)``.
         block: Geometry of the rows.
         options: Hyperparameters of the group.
     """
@@ -93,6 +96,13 @@ def due(bucket: Bucket, column: int, options: Options) -> Tensor | None:
     return None if bool(turn.all()) else turn.nonzero().flatten()
 
 
+def due_in_passing(bucket: Bucket, column: int, burst: int, options: Options) -> Tensor | None:
+    """The same for a factor that is updated from the gradient at hand."""
+    turn = (bucket.t - bucket.phase[:, column]) % options["update_every"] == 0
+    turn |= torch.as_tensor(bucket.t <= burst, device="cpu")
+    return None if bool(turn.all()) else turn.nonzero().flatten()
+
+
 def ready(bucket: Bucket, options: Options) -> bool | Tensor:
     """Which rows are preconditioned now: True (all), False (none), or an ``(n,)`` mask on the host.
 
@@ -108,14 +118,20 @@ def ready(bucket: Bucket, options: Options) -> bool | Tensor:
     return parts.repeat_interleave(bucket.per_part) if bool(parts.any()) else False
 
 
-def snapshot(method: Method, bucket: Bucket, options: Options) -> list[Job]:
-    """Jobs for all factors that are due."""
+def snapshot(method: Method, bucket: Bucket, g: Tensor, options: Options) -> list[Job]:
+    """Jobs for all factors that are due; ``g`` is the raw gradient, ``(n, *block)``."""
     jobs = []
+    given = {**bucket.state, GRADIENT: g}
     for column, factor in enumerate(method.factors(bucket.block, options)):
-        rows = due(bucket, column, options)
+        names = method.inputs(factor)
+        if GRADIENT in names:
+            burst = method.burst(factor, bucket.block, options)
+            rows = due_in_passing(bucket, column, burst, options)
+        else:
+            rows = due(bucket, column, options)
         if rows is not None and not len(rows):
             continue
-        inputs = {key: bucket.state[key] for key in method.inputs(factor)}
+        inputs = {key: given[key] for key in names}
         if rows is not None:
             chosen = rows.to(bucket.device)
             inputs = {key: value.index_select(0, chosen) for key, value in inputs.items()}
@@ -126,8 +142,11 @@ def snapshot(method: Method, bucket: Bucket, options: Options) -> list[Job]:
 def adopt(bucket: Bucket, job: Job, result: Refreshed, stats: Stats) -> None:
     """Take over the rows that succeeded; the others keep what they had and are counted."""
     rows = torch.arange(bucket.n, device="cpu") if job.rows is None else job.rows
-    report = torch.stack([result.ok.to(torch.int64), result.retries.to(torch.int64)]).cpu()
-    ok, retries = report[0].bool(), report[1]
+    ok, retried = torch.ones(len(rows), dtype=torch.bool, device="cpu"), 0
+    if result.ok is not None:
+        retries = torch.zeros_like(result.ok) if result.retries is None else result.retries
+        report = torch.stack([result.ok.to(torch.int64), retries.to(torch.int64)]).cpu()
+        ok, retried = report[0].bool(), int((report[1] > 0).sum())
     all_ok = bool(ok.all())
     for key, value in result.tensors.items():
         if job.rows is None and all_ok:
@@ -141,14 +160,19 @@ def adopt(bucket: Bucket, job: Job, result: Refreshed, stats: Stats) -> None:
     bucket.failures[rows[~ok], job.column] += 1
     bucket.settled = bool(((bucket.refreshed > 0) & (bucket.failures < STRIKES)).all())
     stats["refreshes"] += int(ok.sum())
-    stats["root_retries"] += int((retries > 0).sum())
+    stats["root_retries"] += retried
     if not all_ok:
         on_failed_roots(stats, bucket.failures[rows[~ok], job.column])
 
 
 def refresh(
-    method: Method, bucket: Bucket, options: Options, stats: Stats, solver: Solver = solve
+    method: Method,
+    bucket: Bucket,
+    g: Tensor,
+    options: Options,
+    stats: Stats,
+    solver: Solver = solve,
 ) -> None:
     """Bring every due factor of a bucket up to date."""
-    for job in snapshot(method, bucket, options):
+    for job in snapshot(method, bucket, g, options):
         adopt(bucket, job, solver(method, job), stats)

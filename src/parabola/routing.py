@@ -10,8 +10,8 @@ import re
 from dataclasses import dataclass
 from math import prod
 
-from parabola.blocks import Tile
 from parabola.method import Block, Options
+from parabola.tiles import Tile
 
 EMBEDDING = re.compile(
     r"(^|[._])(emb|embed|embeds|embedding|embeddings|embed_tokens|wte|wpe)[._]weight$"
@@ -20,7 +20,7 @@ EMBEDDING = re.compile(
 FUSED_QKV = re.compile(r"(^|[._])(\w*qkv\w*[._]weight|in_proj_weight|in_proj[._]weight)$")
 
 STRUCTURAL = ("block_size", "max_order", "axes", "skip_dim", "precondition_1d", "parts")
-"""Keywords of a parameter group that decide the routing."""
+"""Keywords of a parameter group that decide the routing to blocks."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,26 @@ def route(name: str | None, shape: tuple[int, ...], options: Options) -> Route:
     if not any(tile.block.axes for tile in tiles):
         return vector(shape, "; ".join([*reasons, "no axis left to precondition"]))
     return Route(tiles, "; ".join(dict.fromkeys(reasons)) or f"{order} axes longer than 1")
+
+
+def chain(shape: tuple[int, ...], options: Options, halo: int) -> Route:
+    """Decide the treatment of one parameter by a method that works along chains of elements.
+
+    Args:
+        shape: Its declared shape. One with two axes is a matrix even where one of them is 1 long.
+        options: Its parameter group; ``chain`` says where chains end.
+        halo: How far elements are coupled; shorter chains are not worth it.
+    """
+    numel = prod(shape)
+    if numel == 0:
+        return vector(shape, "empty")
+    if len(shape) < 2:
+        return vector(shape, "fewer than two axes" if shape else "a single number")
+    length = numel if options["chain"] == "tensor" else prod(shape[1:])
+    if numel <= halo + 1 or length == 1:
+        return vector(shape, f"too few elements for a band of {halo}")
+    reason = "along all its elements" if length == numel else "along each row"
+    return Route((Tile(0, None, 1, (numel,), Block((), (0,)), length),), reason)
 
 
 Span = tuple[int, int | None, int, tuple[int, ...]]

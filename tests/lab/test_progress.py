@@ -9,12 +9,13 @@ from rich.console import Console
 
 from parabola.lab.progress import Bars, Lines, watcher
 from parabola.lab.train import Budget, new_run, train
+from parabola.lab.workload import Setting
 
 
 def shown(digits, terminal):
     stream = io.StringIO()
     console = Console(file=stream, force_terminal=terminal, width=120)
-    run = new_run(digits, "adamw", {"lr": 1e-2}, "test", 7)
+    run = new_run(digits, "adamw", Setting({"lr": 1e-2}, "test"), 7)
     with watcher(console, digits.metric, 3, lambda run: f"seed {run['seed']} [x]") as view:
         view.begin(run, Budget(steps=40))
         train(digits, run, Budget(steps=40), torch.device("cpu"), [view])

@@ -9,13 +9,14 @@ from torch import nn
 
 from parabola.lab.optimizers import OPTIMIZERS
 from parabola.lab.train import Budget, new_run, to_device, train
+from parabola.lab.workload import Setting
 from parabola.lab.workloads.digits import Digits
 
 CPU = torch.device("cpu")
 
 
 def run(task, name="adamw", options=None, seed=0, budget=None, observers=()):
-    record = new_run(task, name, options or {"lr": 1e-3}, "test", seed)
+    record = new_run(task, name, Setting(options or {"lr": 1e-3}, "test"), seed)
     train(task, record, budget or Budget(steps=12), CPU, list(observers))
     return record
 

@@ -1,29 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """What people type after the options of the command line, as objects."""
 
-import ast
-from typing import Any
+import re
 
 import torch
 
-from parabola.lab.errors import UsageError, unknown
-from parabola.lab.optimizers import OPTIMIZERS
+from parabola.lab.errors import UsageError
+from parabola.lab.optimizers import entry
 from parabola.lab.train import Budget
 from parabola.lab.workload import Workload
 
 
 def optimizer_names(text: str) -> list[str]:
-    """Names out of a list with commas, each once.
+    """Names out of a list with commas, each once; values in brackets may hold commas.
 
     Raises:
         UsageError: An unknown name, or none at all.
     """
-    names = [name.strip() for name in text.split(",") if name.strip()]
+    names = [name.strip() for name in re.split(r",(?![^(\[]*[)\]])", text) if name.strip()]
     if not names:
         raise UsageError("--optimizers: give at least one name")
     for name in names:
-        if name not in OPTIMIZERS:
-            raise unknown("optimizer", name, OPTIMIZERS)
+        entry(name)
     return list(dict.fromkeys(names))
 
 
@@ -56,18 +54,3 @@ def device_of(name: str, threads: int | None) -> torch.device:
             f"--device {name!r} cannot be used: {str(error).splitlines()[0]}"
         ) from error
     return device
-
-
-def key_value(text: str) -> tuple[str, Any]:
-    """An option written as ``key=value``; the value is a Python literal or else a plain word.
-
-    Raises:
-        UsageError: There is no equals sign or no key.
-    """
-    key, equals, value = text.partition("=")
-    if not equals or not key:
-        raise UsageError(f"--option {text!r}: write it as key=value")
-    try:
-        return key, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return key, value  # a plain word, for instance graft=rmsprop

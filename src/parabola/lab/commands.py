@@ -11,11 +11,11 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 import parabola
-from parabola.lab.arguments import budget_of, device_of, key_value, optimizer_names
+from parabola.lab.arguments import budget_of, device_of, optimizer_names
 from parabola.lab.compare import Comparison, compare
 from parabola.lab.data import data_folder
 from parabola.lab.errors import MissingDataError, UsageError
-from parabola.lab.optimizers import OPTIMIZERS, check_options, entry
+from parabola.lab.optimizers import OPTIMIZERS, check_options, entry, key_value
 from parabola.lab.progress import TensorBoard, watcher
 from parabola.lab.registry import find_model, find_workload
 from parabola.lab.results import Run, read
@@ -91,14 +91,15 @@ def _options(
         "parabola compare digits",
         "parabola compare stdlib-lm --optimizers adamw,shampoo --seeds 1 --steps 200",
         "parabola compare mnist-autoencoder --data-dir ~/data --seconds 120 --resume",
+        "parabola compare digits --optimizers adamw,sonew:band=0,sonew,sonew:band=4",
         "parabola compare path/to/task.py:MyTask --optimizers adamw,shampoo",
     ),
 )
 def compare_command(
     workload: WorkloadName,
     optimizers: Annotated[
-        str, typer.Option(help="Names, separated by commas.")
-    ] = "adamw,sgd,muon,shampoo",
+        str, typer.Option(help="Names, separated by commas; sonew:band=4 sets an option.")
+    ] = "adamw,sgd,muon,shampoo,sonew,jorge",
     seeds: Annotated[
         int, typer.Option(min=1, help="Runs of each optimizer, with seeds 0, 1, ...")
     ] = 3,

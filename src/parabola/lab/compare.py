@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from parabola.lab.errors import UsageError
-from parabola.lab.optimizers import build, check_options, entry
+from parabola.lab.optimizers import build, check_options, entry, variant
 from parabola.lab.results import SCHEMA, Results, Run, Settings, environment, read, write
 from parabola.lab.train import Budget, Observer, new_run, train
 from parabola.lab.workload import Setting, Workload
@@ -39,11 +39,20 @@ class Comparison:
 def setting(workload: Workload, optimizer: str) -> Setting:
     """The workload's setting of an optimizer, or the table's defaults where it has none.
 
+    One with options in its name has the setting of that very name, or else the optimizer's with the
+    options on top.
+
     Raises:
         UsageError: The optimizer is unknown, or the workload sets an option that it does not have.
     """
     defaults = Setting(entry(optimizer).defaults, "not tuned: defaults of the optimizer table")
-    chosen = workload.settings.get(optimizer, defaults)
+    base, options = variant(optimizer)
+    chosen = workload.settings.get(optimizer) or workload.settings.get(base, defaults)
+    if options and optimizer not in workload.settings:
+        chosen = chosen._replace(
+            options={**chosen.options, **options},
+            tuned=f"{', '.join(options)} set by hand; the rest: {chosen.tuned}",
+        )
     check_options(optimizer, chosen.options)
     return chosen
 
@@ -86,7 +95,7 @@ def _planned(comparison: Comparison) -> list[Run]:
             # A value that the optimizer refuses shows now, not after an hour.
             build(name, workload.model(), chosen.options)
     return [
-        new_run(workload, name, settings[name].options, settings[name].tuned, seed)
+        new_run(workload, name, settings[name], seed)
         for seed in range(comparison.seeds)
         for name in comparison.optimizers
     ]

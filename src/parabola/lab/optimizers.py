@@ -2,9 +2,11 @@
 """The competitors: one table entry per optimizer, with its constructor, defaults and search space.
 
 Every optimizer gets the same split of parameters: decoupled weight decay on tensors with at least
-two axes, none on biases and norms.
+two axes, none on biases and norms. A name may carry options, ``"sonew:band=4:floor=0.1"``: the same
+optimizer with other settings is one more competitor.
 """
 
+import ast
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -162,6 +164,28 @@ OPTIMIZERS: dict[str, Entry] = {
             "weight_decay": _DECAY,
         },
     ),
+    "jorge": Entry(
+        constructor=parabola.Jorge,
+        defaults={"lr": 0.1},
+        space={
+            "lr": Range(1e-3, 3.0),
+            "momentum": Choice((0.8, 0.9, 0.95, 0.98)),
+            "damping": Range(1e-6, 1e-1),
+            "weight_decay": _DECAY,
+        },
+        warmup={"start_step": 0, "update_every": 1},
+    ),
+    "sonew": Entry(
+        constructor=parabola.SONew,
+        defaults={"lr": 1e-3},
+        space={
+            "lr": Range(1e-4, 1e-1),
+            "betas": _BETAS,
+            "floor": Range(1e-3, 1e-1),
+            "weight_decay": _DECAY,
+        },
+        warmup={"start_step": 0},
+    ),
     "shampoo": Entry(
         constructor=parabola.Shampoo,
         defaults={"lr": 1e-3},
@@ -176,15 +200,37 @@ OPTIMIZERS: dict[str, Entry] = {
 }
 
 
+def key_value(text: str) -> tuple[str, Any]:
+    """An option written as ``key=value``; the value is a Python literal or else a plain word.
+
+    Raises:
+        UsageError: There is no equals sign or no key.
+    """
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise UsageError(f"option {text!r}: write it as key=value")
+    try:
+        return key, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return key, value  # a plain word, for instance graft=rmsprop
+
+
+def variant(name: str) -> tuple[str, dict[str, Any]]:
+    """The name in the table and the options that it carries: ``("sonew", {"band": 4})``."""
+    base, *options = name.split(":")
+    return base, dict(map(key_value, options))
+
+
 def entry(name: str) -> Entry:
-    """The table entry of that name.
+    """The table entry of that name, with or without options.
 
     Raises:
         UsageError: There is none; the text suggests near names.
     """
-    if name not in OPTIMIZERS:
-        raise unknown("optimizer", name, OPTIMIZERS)
-    return OPTIMIZERS[name]
+    base, _ = variant(name)
+    if base not in OPTIMIZERS:
+        raise unknown("optimizer", base, OPTIMIZERS)
+    return OPTIMIZERS[base]
 
 
 def check_options(name: str, options: Mapping[str, Any]) -> None:

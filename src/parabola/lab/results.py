@@ -48,6 +48,7 @@ class Run(TypedDict):
     optimizer: str
     hyperparameters: dict[str, Any]
     tuned: str
+    schedule: str | None
     seed: int
     status: Status
     error: str | None

@@ -14,7 +14,8 @@ from torch.optim import Optimizer
 
 from parabola.lab.optimizers import build, entry, state_bytes
 from parabola.lab.results import Run, StepSeconds, versions
-from parabola.lab.workload import Workload
+from parabola.lab.schedules import SCHEDULES
+from parabola.lab.workload import Setting, Workload
 
 _POINTS = 1000  # most points that a training curve keeps
 
@@ -47,15 +48,15 @@ class Observer(Protocol):
         """After a run, however it ended."""
 
 
-def new_run(
-    workload: Workload, optimizer: str, options: Mapping[str, Any], tuned: str, seed: int
-) -> Run:
+def new_run(workload: Workload, optimizer: str, setting: Setting, seed: int) -> Run:
     """An empty record of a run that is about to start."""
+    options = setting.options.items()
     return {
         "workload": workload.name,
         "optimizer": optimizer,
-        "hyperparameters": {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()},
-        "tuned": tuned,
+        "hyperparameters": {k: list(v) if isinstance(v, tuple) else v for k, v in options},
+        "tuned": setting.tuned,
+        "schedule": setting.schedule,
         "seed": seed,
         "status": "interrupted",  # until it is not
         "error": None,
@@ -111,6 +112,7 @@ def _train(
     optimizer: Optimizer,
 ) -> None:
     peaks = [group["lr"] for group in optimizer.param_groups]
+    schedule = SCHEDULES[run["schedule"]] if run["schedule"] else workload.schedule
     batches = workload.batches(run["seed"])
     curve, clock = _Curve(run, budget), _Clock(device)
     step, evaluations = 0, 0
@@ -127,7 +129,7 @@ def _train(
         if used >= 1.0:
             run["status"] = "finished"
             return
-        factor = workload.schedule(_middle(budget, step, clock))
+        factor = schedule(_middle(budget, step, clock))
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * factor
         loss = _step(workload, model, optimizer, batches, clock)

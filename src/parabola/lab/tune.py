@@ -93,12 +93,13 @@ def tune(
     """
     settings = study.user_attrs["settings"]
     budget = Budget(steps=settings["steps"])
-    base = setting(workload, optimizer).options
+    present = setting(workload, optimizer)
     space = subspace(optimizer, settings["search"])
 
     def objective(trial: optuna.Trial) -> float:
-        options = {**base, **_suggest(trial, space)}
-        run = new_run(workload, optimizer, options, "trial", settings["seed"])
+        options = {**present.options, **_suggest(trial, space)}
+        chosen = present._replace(options=options, tuned="trial")
+        run = new_run(workload, optimizer, chosen, settings["seed"])
         for observer in observers:
             observer.begin(run, budget)
         try:

@@ -20,10 +20,13 @@ class Setting(NamedTuple):
     Attributes:
         options: Keyword arguments of the optimizer, as the optimizer table of the lab takes them.
         tuned: How these values were found, in a sentence; it is printed in the report.
+        schedule: Name in `schedules.SCHEDULES` of a learning-rate schedule that belongs to the
+            recipe behind these values. None: the workload's own, as for all others.
     """
 
     options: Mapping[str, Any]
     tuned: str
+    schedule: str | None = None
 
 
 class Workload(Protocol):

@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Batched numerical linear algebra with its own failure handling: pure functions, usable alone."""
 
+from parabola.linalg.banded import BandedInverse, banded_inverse
 from parabola.linalg.newton import largest_eigenvalue
 from parabola.linalg.precision import full_precision
 from parabola.linalg.roots import InverseRoot, Method, inverse_root, supports
 
 __all__ = [
+    "BandedInverse",
     "InverseRoot",
     "Method",
+    "banded_inverse",
     "full_precision",
     "inverse_root",
     "largest_eigenvalue",

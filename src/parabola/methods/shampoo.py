@@ -23,30 +23,11 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from parabola import linalg
+from parabola.axes import multiply, name, unfold
 from parabola.grafting import decay
 from parabola.method import Block, Cost, Entry, Method, Options, Refreshed, State
 from parabola.optimizer import SecondOrder
 from parabola.options import FLAG, Check, one_of, optional, real
-
-
-def name(axis: int) -> str:
-    """Key of an axis's statistic; its root is the name with ``_root``."""
-    return ("left", "right")[axis] if axis < 2 else f"axis{axis}"
-
-
-def unfold(x: Tensor, axis: int) -> Tensor:
-    """Blocks ``(n, d_0, ..., d_k)`` as matrices ``(n, d_axis, rest)``."""
-    if axis == x.dim() - 2:
-        return x.reshape(len(x), -1, x.shape[-1]).mT
-    return x.movedim(axis + 1, 1).reshape(len(x), x.shape[axis + 1], -1)
-
-
-def multiply(p: Tensor, x: Tensor, axis: int) -> Tensor:
-    """Multiply every block along one axis by its symmetric matrix, ``(n, d_axis, d_axis)``."""
-    if axis == x.dim() - 2:
-        return torch.bmm(x.reshape(len(x), -1, x.shape[-1]), p).view(x.shape)
-    moved = x.movedim(axis + 1, 1)
-    return torch.bmm(p, moved.reshape(*p.shape[:2], -1)).view(moved.shape).movedim(1, axis + 1)
 
 
 class ShampooMethod(Method):

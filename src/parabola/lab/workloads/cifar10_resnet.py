@@ -50,7 +50,7 @@ class Cifar10ResNet(Workload):
     description = "ResNet-8 on CIFAR-10 with crops and flips; the metric is validation accuracy"
     metric = "accuracy"
     goal: Literal["min", "max"] = "max"
-    target = 0.65
+    target = 0.72
     steps = 1500
     batch_size = 128
     evaluations = 20
@@ -59,7 +59,16 @@ class Cifar10ResNet(Workload):
     )
     settings: Mapping[str, Setting] = {
         "adamw": Setting({"lr": 3e-3, "weight_decay": 0.05}, _CUSTOM),
-        "sgd": Setting({"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}, _CUSTOM),
+        "sgd": Setting(
+            {"lr": 0.2, "momentum": 0.9, "weight_decay": 5e-3},
+            "best of 6 over 1500 steps on seed 1000: lr 0.05, 0.1, 0.2 at weight_decay 5e-3 and "
+            "0.1, 0.2, 0.4 at 5e-4: accuracy 0.766",
+        ),
+        "jorge": Setting(
+            {"lr": 0.2, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-3},
+            "Jorge.from_sgd of SGD's setting, its schedule included; no search",
+            schedule="warmup-thirds",
+        ),
         "muon": Setting({"lr": 3e-3, "weight_decay": 0.05}, _CUSTOM),
         "shampoo": Setting({"lr": 3e-3, "weight_decay": 0.05}, _CUSTOM),
     }

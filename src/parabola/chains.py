@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The step of parameters that are preconditioned along chains of their elements.
+
+The same equations as in ``optimizer.py``, in another order of loops: a run of elements is walked
+over in stretches that stay in a CPU core's cache, twice where a parameter is longer than that, once
+for its statistics and once for its direction, since the second looks ahead along the chain.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from parabola import grafting
+from parabola.blocks import PIECE, Bucket
+from parabola.distributed import Exchange
+from parabola.kernels import Chains
+from parabola.method import ChainMethod, Options, State
+
+Spans = Sequence[tuple[int, int]]
+"""Stretches of a piece that are worked on together: (start, end)."""
+
+
+def step(
+    method: ChainMethod,
+    exchange: Exchange,
+    bucket: Bucket,
+    grads: Sequence[Tensor],
+    options: Options,
+) -> None:
+    """One whole step of a run: by a fused kernel where there is one, else piece by piece."""
+    assert isinstance(bucket.t, int)  # `Layout.active` cuts runs where step counts differ
+    first = bucket.params[0]
+    kernel = method.kernel(bucket.device, first.dtype, options) if first.is_contiguous() else None
+    if kernel is not None:
+        kernel.step(_chains(bucket, method.halo(options)), grads, bucket.t, options)
+        return
+    taken = 0
+    for piece in bucket.pieces:
+        piece.t = bucket.t
+        own = grads[taken : taken + len(piece.members)]
+        taken += len(piece.members)
+        g = exchange.collect(piece, own, options)
+        exchange.deliver(piece, _direction(method, piece, g, options), options)
+
+
+def _chains(bucket: Bucket, band: int) -> Chains:
+    found = bucket.memo.get("chains")
+    if found is None:
+        found = bucket.memo["chains"] = Chains(
+            bucket.params,
+            bucket.vectors("exp_avg") if "exp_avg" in bucket.state else [],
+            bucket.vectors("exp_avg_sq"),
+            [bucket.vectors(f"offdiagonal{k}") for k in range(1, band + 1)],
+            [m.tile.chain for m in bucket.members],
+        )
+    assert isinstance(found, Chains)
+    return found
+
+
+def _direction(method: ChainMethod, piece: Bucket, g: Tensor, options: Options) -> Tensor:
+    """The grafted direction of a piece, ``(n,)``; ``g`` is used up."""
+    size = PIECE.get(piece.device.type, PIECE["other"]) if len(piece.members) == 1 else piece.n
+    spans = [(start, min(start + size, piece.n)) for start in range(0, piece.n, size)]
+    mean = _accumulate(method, piece, g, spans, options)
+    # The moments hold all of the gradient that is still needed: its memory takes the direction.
+    d = g if "exp_avg" in piece.state else torch.empty_like(g)
+    assert isinstance(piece.t, int)
+    if piece.t > options["start_step"]:
+        _precondition(method, piece, g, mean, spans, d, options)
+    else:
+        for start, end in spans:
+            a, scale = _graft(piece, g, start, end, options)
+            torch.mul(a, scale, out=d[start:end])
+    return d
+
+
+def _accumulate(
+    method: ChainMethod, piece: Bucket, g: Tensor, spans: Spans, options: Options
+) -> Tensor:
+    """Take the gradient into all statistics; returns the mean of ``exp_avg_sq``.
+
+    Over each element's parameter: ``()`` where there is one in the piece, else ``(n,)``.
+    """
+    halo = method.halo(options)
+    sums = []
+    for start, end in spans:
+        state = _widened(piece, start, end)
+        breaks = _breaks(piece, start, end, halo)
+        method.accumulate_chain(state, g[start : end + halo], breaks, options)
+        if "exp_avg" in state:
+            state["exp_avg"].lerp_(g[start:end], 1.0 - options["betas"][0])
+        sums.append(_sums(piece, state["exp_avg_sq"]))
+        for key, value in piece.state.items():
+            if value.dtype != piece.dtype:
+                value[start:end].copy_(state[key])
+    return _spread(piece, torch.stack(sums).sum(0) / _sizes(piece))
+
+
+def _precondition(
+    method: ChainMethod,
+    piece: Bucket,
+    g: Tensor,
+    mean: Tensor,
+    spans: Spans,
+    d: Tensor,
+    options: Options,
+) -> None:
+    """Write the preconditioned direction, with the graft's length, into ``d``."""
+    halo, grafted = method.halo(options), options["graft"] is not None
+    correction1, correction2 = _corrections(piece, options)
+    squares = []
+    u = d
+    for start, end in spans:
+        low, high = max(start - halo, 0), min(end + halo, piece.n)
+        state = _widened(piece, low, high)
+        m = state.get("exp_avg", g[low:high])
+        u = method.apply_chain(state, m, mean, correction2, options)[start - low : end - low]
+        if grafted:
+            a, scale = _graft(piece, g, start, end, options)
+            squares.append(torch.stack([_squares(piece, a) * scale**2, _squares(piece, u)]))
+        if not grafted:
+            torch.mul(u, 1.0 / correction1, out=d[start:end])
+        elif len(spans) > 1:
+            d[start:end] = u
+    if grafted:
+        target, length = torch.stack(squares).sum(0)
+        factor = torch.where(length > 0, (target / length).sqrt(), 0.0).to(d.dtype)
+        torch.mul(u if len(spans) == 1 else d, _spread(piece, factor), out=d)
+        if piece.device.type == "cpu" and bool(length.isfinite().all()):
+            return
+    d.nan_to_num_(0.0, 0.0, 0.0)  # statistics that overflowed: the parameter stands still
+
+
+def _graft(
+    piece: Bucket, g: Tensor, start: int, end: int, options: Options
+) -> tuple[Tensor, float]:
+    """``(a, scale)``: the graft's direction of a stretch is ``scale * a``."""
+    correction1, correction2 = _corrections(piece, options)
+    state = _widened(piece, start, end)
+    a, scale = grafting.unscaled(state, state.get("exp_avg", g[start:end]), correction2, options)
+    assert isinstance(scale, float)
+    return a, scale / correction1
+
+
+def _corrections(piece: Bucket, options: Options) -> tuple[float, float]:
+    """``1 - beta^t`` of both moments."""
+    first, second = (grafting.correction(piece, beta) for beta in options["betas"])
+    assert isinstance(first, float) and isinstance(second, float)
+    return first, second
+
+
+def _widened(piece: Bucket, start: int, end: int) -> State:
+    """The state of a stretch in the dtype of all arithmetic: views, or copies of narrower ones."""
+    return {key: value[start:end].to(piece.dtype) for key, value in piece.state.items()}
+
+
+def _breaks(piece: Bucket, start: int, end: int, halo: int) -> list[Tensor]:
+    """For k = 1..halo the positions in a stretch whose k-th successor is not in their chain."""
+    key = ("breaks", start, end)
+    if key not in piece.memo:
+        ends = torch.cat(list(_ends(piece, start, end, halo)))  # on the host: the run's geometry
+        found = []
+        for k in range(1, halo + 1):
+            positions = (ends.unsqueeze(1) - torch.arange(k, device="cpu")).flatten()
+            inside = positions[(positions >= 0) & (positions < end - start)]
+            found.append(inside.to(piece.device))
+        piece.memo[key] = found
+    breaks: list[Tensor] = piece.memo[key]
+    return breaks
+
+
+def _ends(piece: Bucket, start: int, end: int, halo: int) -> Iterator[Tensor]:
+    """Last positions of chains, int64, from ``start`` to ``end + halo``, counted from ``start``."""
+    for member in piece.members:
+        chain = member.tile.chain
+        skipped = max(start - member.start, 0) // chain
+        first = member.start + (skipped + 1) * chain - 1
+        last = min(end + halo, member.end)
+        yield torch.arange(first, max(first, last), chain, device="cpu") - start
+
+
+def _squares(piece: Bucket, x: Tensor) -> Tensor:
+    """Sums of squares over each parameter, or over a stretch of a single one, in float64."""
+    if not _equal(piece):
+        return _sums(piece, x.double().square())
+    rows = x.view(len(piece.members), -1)
+    norms = grafting.norms(rows).double()
+    return norms.square_()
+
+
+def _sums(piece: Bucket, x: Tensor) -> Tensor:
+    """Sums ``(members,)`` over each parameter, or over a stretch of a single one."""
+    if _equal(piece):
+        return x.view(len(piece.members), -1).sum(1)
+    total: Tensor = torch.segment_reduce(x, "sum", lengths=_sizes(piece))
+    return total
+
+
+def _spread(piece: Bucket, x: Tensor) -> Tensor:
+    """One value a parameter, for each of its elements: ``()`` for a single one, else ``(n,)``."""
+    if len(piece.members) == 1:
+        return x.reshape(())
+    if _equal(piece):
+        return x.unsqueeze(1).expand(-1, piece.splits[0]).reshape(-1)
+    return x.repeat_interleave(_sizes(piece), output_size=piece.n)
+
+
+def _equal(piece: Bucket) -> bool:
+    """Whether all parameters of a piece have the same number of elements."""
+    if "equal" not in piece.memo:
+        piece.memo["equal"] = len(set(piece.splits)) == 1
+    return bool(piece.memo["equal"])
+
+
+def _sizes(piece: Bucket) -> Tensor:
+    """Elements of each parameter, ``(members,)``, int64."""
+    if "sizes" not in piece.memo:
+        piece.memo["sizes"] = torch.tensor(piece.splits, device=piece.device)
+    sizes: Tensor = piece.memo["sizes"]
+    return sizes

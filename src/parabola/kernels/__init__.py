@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fused forms of whole steps, on lists of pointers: nothing is gathered or scattered.
+
+Each one equals the plain PyTorch form that it replaces, up to rounding, and is optional: Numba on
+the CPU (``pip install parabola[fast]``), Triton on the GPU. Without them everything works.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Chains:
+    """The tensors of parameters whose elements are preconditioned along chains.
+
+    All lists have one entry a parameter; state tensors are contiguous, in row-major order of the
+    parameter's elements, and stay where they are as long as this object lives.
+
+    Attributes:
+        params: Contiguous parameters; their memory may be another at every step.
+        exp_avg: First moments; empty at beta1 = 0.
+        exp_avg_sq: Second moments, the diagonal of the statistic.
+        offdiagonals: For k = 1..band, the entries (j, j + k) of the statistic at position j; zero
+            where j + k lies in another chain.
+        lengths: Elements of one chain; it divides the parameter's size.
+        cache: For the kernel's own use: what it wants to keep between steps, not part of the state.
+    """
+
+    params: list[Tensor]
+    exp_avg: list[Tensor]
+    exp_avg_sq: list[Tensor]
+    offdiagonals: list[list[Tensor]]
+    lengths: list[int]
+    cache: dict[str, Any] = field(default_factory=dict)
+
+
+ChainStep = Callable[[Chains, Sequence[Tensor], int, Mapping[str, Any]], None]
+"""``step(chains, grads, t, options)``: one whole step of all parameters.
+
+``t`` is the step count after this step, the same for all; ``options`` is their parameter group.
+"""
+
+
+class Kernel(NamedTuple):
+    """A fused step and what it is called in ``opt.plan()``."""
+
+    name: str
+    step: ChainStep
+
+
+def sonew(
+    device: torch.device, dtype: torch.dtype, state_dtype: torch.dtype, band: int
+) -> Kernel | None:
+    """The fused step of SONew, or None where there is none.
+
+    Args:
+        device: Of parameters and state.
+        dtype: Of parameters.
+        state_dtype: Of first moments and off-diagonals.
+        band: Off-diagonals of the statistic.
+    """
+    try:
+        if device.type == "cpu":
+            from parabola.kernels import sonew_numba
+
+            if sonew_numba.supports(dtype, state_dtype):
+                return Kernel("numba", sonew_numba.step)
+        elif device.type == "cuda":
+            from parabola.kernels import sonew_triton
+
+            if sonew_triton.supports(dtype, state_dtype, band):
+                return Kernel("triton", sonew_triton.step)
+    except ImportError:  # Numba or Triton is not installed: the plain form serves
+        pass
+    return None
