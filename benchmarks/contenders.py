@@ -35,6 +35,7 @@ class Contender:
             Shampoo with the options of a peer).
         refreshes: True if every tenth step does more than the others.
         rival: For peers that are a Shampoo, the row of Parabola's that has the same options.
+        warmup: Cycles of ten steps that are not timed.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Contender:
     kind: str
     refreshes: bool = False
     rival: str | None = None
+    warmup: int = 1
 
 
 def tensors(params: Parameters) -> list[Tensor]:
@@ -58,7 +60,22 @@ def adamw(**form: bool) -> Callable[[Parameters], list[Optimizer]]:
     return lambda params: [torch.optim.AdamW(tensors(params), lr=LR, betas=BETAS, **form)]
 
 
+def jorge(params: Parameters) -> list[Optimizer]:
+    """This library's Jorge."""
+    options = {"block_size": BLOCK, "update_every": EVERY, "start_step": 0}
+    return [parabola.Jorge(params, lr=LR, **options)]
+
+
+def sonew(**options: Any) -> Callable[[Parameters], list[Optimizer]]:
+    """Factory of this library's SONew."""
+    return lambda params: [parabola.SONew(params, LR, betas=BETAS, start_step=0, **options)]
+
+
 SHAMPOO = "Parabola Shampoo"
+JORGE = "Parabola Jorge"
+SONEW = "Parabola SONew"
+SONEW_PLAIN = "Parabola SONew, plain PyTorch"
+SONEW_BAND4 = "Parabola SONew, band 4"
 UNMERGED = "Parabola Shampoo, options of pytorch_optimizer Shampoo"
 UNGRAFTED = "Parabola Shampoo, options of heavyball KLShampoo"
 
@@ -67,6 +84,11 @@ OWN = [
     Contender("torch AdamW(foreach=True)", adamw(foreach=True), "adamw"),
     Contender(SHAMPOO, shampoo(), "parabola", refreshes=True),
     Contender("Parabola Shampoo, staggered", shampoo(refresh="staggered"), "parabola"),
+    # Its first 2 sqrt(1024) steps all update the roots.
+    Contender(JORGE, jorge, "parabola", refreshes=True, warmup=7),
+    Contender(SONEW, sonew(), "sonew"),
+    Contender(SONEW_BAND4, sonew(band=4), "sonew"),
+    Contender(SONEW_PLAIN, sonew(kernels="torch"), "sonew"),
     Contender("Parabola, graft only", shampoo(axes="skip"), "graft"),
     Contender(
         'Parabola, graft only, nonfinite="ignore"',

@@ -4,8 +4,9 @@
 from collections.abc import Sequence
 from typing import Any
 
+from contenders import JORGE, SHAMPOO, SONEW, SONEW_BAND4, SONEW_PLAIN
+
 ADAMW = "torch AdamW(fused=True)"
-SHAMPOO = "Parabola Shampoo"
 STAGGERED = "Parabola Shampoo, staggered"
 GRAFT = "Parabola, graft only"
 GRAFT_UNCHECKED = 'Parabola, graft only, nonfinite="ignore"'
@@ -89,7 +90,7 @@ def _set(result: dict[str, Any]) -> str:
     ]
     calls = result["eigh_calls"]
     matrices = sum(call[0] if len(call) == 4 else 1 for call in calls)
-    ours = by_name[SHAMPOO]
+    ours, jorge = by_name[SHAMPOO], by_name[JORGE]
     lines = [
         f"### {result['set']}: {result['tensors']} tensors, {result['parameters']:,} parameters\n",
         table(head, rows),
@@ -98,6 +99,9 @@ def _set(result: dict[str, Any]) -> str:
         f"{ours['refresh'] / result['bare_eigh']:.2f}. Its plain step executes "
         f"{ours['flops_counted'] / 1e9:.3g} GFLOP of matrix products; `opt.plan()` says "
         f"{ours['flops_planned'] / 1e9:.3g}.",
+        f"\nBare products of one refresh of {JORGE}, "
+        f"{result['bare_products_flops'] / 1e9:.3g} GFLOP: {ms(result['bare_products'])} ms; "
+        f"refresh / bare products = {jorge['refresh'] / result['bare_products']:.2f}.",
     ]
     lines += [f"\n{name}: not timed ({reason})." for name, reason in result["failed"].items()]
     return "\n".join(lines) + "\n"
@@ -130,6 +134,7 @@ def _rows(result: dict[str, Any]) -> list[Row]:
         ("plain step / own floor", name, ours["plain"] / ours["floor"], limit, "x"),
         ("refresh / bare eigh", name, ours["refresh"] / result["bare_eigh"], limit, "x"),
     ]
+    rows += _jorge(result, by_name) + _sonew(name, by_name)
     for peer in rivals:
         against = f"amortized step against {peer['name']}"
         limit = 1e3 * peer["amortized"]
@@ -160,3 +165,35 @@ def _rows(result: dict[str, Any]) -> list[Row]:
         ),
     ]
     return rows
+
+
+def _jorge(result: dict[str, Any], by_name: dict[str, Any]) -> list[Row]:
+    name, jorge = result["set"], by_name[JORGE]
+    limit = None if name == "small" else 1.3
+    bare = jorge["refresh"] / result["bare_products"]
+    return [
+        ("Jorge: plain step / own floor", name, jorge["plain"] / jorge["floor"], limit, "x"),
+        ("Jorge: refresh / bare products", name, bare, limit, "x"),
+        (
+            "Jorge: refresh / Shampoo's refresh",
+            name,
+            jorge["refresh"] / by_name[SHAMPOO]["refresh"],
+            1.0,
+            "x",
+        ),
+    ]
+
+
+def _sonew(name: str, by_name: dict[str, Any]) -> list[Row]:
+    small, large = name == "small", name in ("gpt", "resnet18")
+    limits = (
+        (SONEW, 0.5 if small else 3.2 if large else None),
+        (SONEW_BAND4, 8.0 if large else None),
+        (SONEW_PLAIN, 1.5 if small else 9.0 if large else None),
+    )
+    adamw = by_name[ADAMW]["plain"]
+    return [
+        (f"{what.removeprefix('Parabola ')}: step / AdamW(fused)", name, ratio, limit, "x")
+        for what, limit in limits
+        for ratio in [by_name[what]["plain"] / adamw]
+    ]

@@ -33,13 +33,14 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from contenders import EVERY, OWN, PEERS, TWINS, Contender, Parameters, versions
+from contenders import EVERY, JORGE, OWN, PEERS, SHAMPOO, TWINS, Contender, Parameters, versions
 from parameter_sets import SETS, Named
 from report import render
 from timing import (
     Decompositions,
     Demand,
     Machine,
+    ProductCalls,
     cpu_seconds,
     demand,
     quantile,
@@ -182,7 +183,7 @@ class Entry:
 def enter(
     contenders: Sequence[Contender], workspace: Workspace
 ) -> tuple[list[Entry], dict[str, str]]:
-    """Build every contender and let it take one cycle untimed; what fails is told, not fatal."""
+    """Build every contender and let it warm up untimed; what fails is told, not fatal."""
     entries, failed = [], {}
     for contender in contenders:
         rivals = {entry.contender.rival for entry in entries}
@@ -190,7 +191,7 @@ def enter(
             continue
         try:
             entry = Entry(contender, workspace, contender.make(workspace.params))
-            for _ in range(EVERY):
+            for _ in range(contender.warmup * EVERY):
                 entry.step()
         except Exception as error:
             if contender.kind != "peer":
@@ -214,15 +215,30 @@ def bare_eigh(entry: Entry) -> Decompositions:
     return calls
 
 
+def bare_products(entry: Entry) -> ProductCalls:
+    """The matrix products of one refresh: of the richest step of a cycle beyond the poorest."""
+    steps = []
+    for _ in range(EVERY):
+        entry.ready()
+        with ProductCalls() as calls:
+            entry.work()
+        steps.append(calls)
+    steps.sort(key=lambda step: step.flops)
+    steps[-1].calls -= steps[0].calls
+    return steps[-1]
+
+
 def measure(
     name: str, contenders: Sequence[Contender], machine: Machine, rounds: int, budget: float
 ) -> dict[str, Any]:
     """Time all contenders on one parameter set."""
     workspace = Workspace(SETS[name]())
     entries, failed = enter(contenders, workspace)
-    ours = next(e for e in entries if e.contender.kind == "parabola" and e.contender.refreshes)
-    eigh = bare_eigh(ours)
-    bare = []
+    named = {entry.contender.name: entry for entry in entries}
+    eigh = bare_eigh(named[SHAMPOO])
+    products = bare_products(named[JORGE])
+    replay = products.bare()
+    bare, bare_jorge = [], []
     for turn in range(rounds):
         machine.measure()
         for entry in entries:
@@ -233,6 +249,7 @@ def measure(
                 entry.cycle()
         with quiet_interpreter():
             bare.append(cpu_seconds(eigh.replay))
+            bare_jorge.append(cpu_seconds(replay))
         print(f"\r{name}: round {turn + 1} of {rounds}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     return {
@@ -240,6 +257,8 @@ def measure(
         "tensors": len(workspace.params),
         "parameters": workspace.numel,
         "bare_eigh": min(bare),
+        "bare_products": min(bare_jorge),
+        "bare_products_flops": products.flops,
         "eigh_calls": [[*m.shape, str(m.dtype)[6:]] for m in eigh.inputs],
         "optimizers": [entry.result(machine) for entry in entries],
         "failed": failed,

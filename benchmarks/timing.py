@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -131,6 +132,50 @@ class Products(TorchDispatchMode):
             left, right = args[first : first + 2]
             self.flops[left.dtype] += 2 * left.numel() * right.shape[-1]
         return func(*args, **(kwargs or {}))
+
+
+class ProductCalls(TorchDispatchMode):
+    """Keeps the shapes of all matrix products inside the block.
+
+    Attributes:
+        calls: (left shape, right shape, dtype) -> how often, shapes with a batch dimension.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[tuple[tuple[int, ...], tuple[int, ...], torch.dtype]] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        first = LEFT.get(func.overloadpacket.__name__.removesuffix("_"))
+        if first is not None:
+            left, right = args[first : first + 2]
+            batch = (1, 1)[left.dim() - 1 :]
+            key = (*batch, *left.shape), (*batch, *right.shape), left.dtype
+            self.calls[key] += 1
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def flops(self) -> float:
+        """Operations, a multiply and an add counted as two."""
+        return sum(
+            2.0 * prod(left) * right[-1] * count for (left, right, _), count in self.calls.items()
+        )
+
+    def bare(self) -> Callable[[], None]:
+        """The same products on random matrices of their shapes, into memory that is there."""
+        work = [
+            (torch.randn(a, dtype=t), torch.randn(b, dtype=t), torch.empty(*a[:2], b[2], dtype=t))
+            for (a, b, t), count in self.calls.items()
+            for _ in range(count)
+        ]
+
+        def replay() -> None:
+            for left, right, result in work:
+                torch.bmm(left, right, out=result)
+
+        return replay
 
 
 class Decompositions(TorchDispatchMode):

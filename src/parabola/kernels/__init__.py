@@ -17,15 +17,15 @@ from torch import Tensor
 class Chains:
     """The tensors of parameters whose elements are preconditioned along chains.
 
-    All lists have one entry a parameter; state tensors are contiguous, in row-major order of the
+    Lists of tensors have one entry a parameter; state tensors are contiguous, in row-major order of the
     parameter's elements, and stay where they are as long as this object lives.
 
     Attributes:
         params: Contiguous parameters; their memory may be another at every step.
         exp_avg: First moments; empty at beta1 = 0.
         exp_avg_sq: Second moments, the diagonal of the statistic.
-        offdiagonals: For k = 1..band, the entries (j, j + k) of the statistic at position j; zero
-            where j + k lies in another chain.
+        offdiagonals: A list for each k = 1..band: the entries (j, j + k) of the statistic at
+            position j; zero where j + k lies in another chain.
         lengths: Elements of one chain; it divides the parameter's size.
         cache: For the kernel's own use: what it wants to keep between steps, not part of the state.
     """
