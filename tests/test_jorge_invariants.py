@@ -10,8 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from methods import make_params, train
 from parabola import Jorge
+from parabola.linalg import symmetric_product
 from parabola.method import Block
-from parabola.methods.jorge import series, symmetric_product, update
+from parabola.methods.jorge import series, update
 
 VARIANTS = ("symmetric", "paper")
 both_variants = pytest.mark.parametrize("variant", VARIANTS)

@@ -4,6 +4,7 @@
 from parabola.linalg.banded import BandedInverse, banded_inverse
 from parabola.linalg.newton import largest_eigenvalue
 from parabola.linalg.precision import full_precision
+from parabola.linalg.products import symmetric_product
 from parabola.linalg.roots import InverseRoot, Method, inverse_root, supports
 
 __all__ = [
@@ -15,4 +16,5 @@ __all__ = [
     "inverse_root",
     "largest_eigenvalue",
     "supports",
+    "symmetric_product",
 ]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from parabola.linalg.newton import check_matrix, newton_root, newton_schulz_root, normalize, probes
 from parabola.linalg.precision import full_precision
+from parabola.linalg.products import symmetric_product
 
 Method = Literal["auto", "eigh", "newton", "newton_schulz"]
 
@@ -170,7 +171,7 @@ def _eigh_root(matrix: Tensor, exponent: float, damping: float) -> _Attempt:
     values.add_(ridge[:, None])
     half.mul_(values.pow(-exponent / 2)[:, None, :])
     factors = None if _is_integer(1 / exponent) else (half, values)
-    return _Attempt(_outer(half), ridge, factors)
+    return _Attempt(symmetric_product(half, half.mT), ridge, factors)
 
 
 def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -183,20 +184,6 @@ def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
             pairs = [_eigh(matrix[i : i + 1]) for i in range(len(matrix))]
             return torch.cat([v for v, _ in pairs]), torch.cat([q for _, q in pairs])
         return torch.full_like(matrix[:, 0], torch.nan), torch.full_like(matrix, torch.nan)
-
-
-def _outer(half: Tensor) -> Tensor:
-    """`half @ half.mT`; large ones on the CPU by row panels, which skips 3/8 of the products."""
-    n = half.shape[-1]
-    if n < 256 or half.device.type != "cpu":
-        return half @ half.mT
-    root = torch.empty(half.shape, dtype=half.dtype, device=half.device)
-    panel = -(-n // 4)
-    for low in range(0, n, panel):
-        rows = slice(low, low + panel)
-        root[:, rows, : low + panel] = half[:, rows] @ half[:, : low + panel].mT
-        root[:, :low, rows] = root[:, rows, :low].mT
-    return root
 
 
 def _certificate(matrix: Tensor, attempt: _Attempt, exponent: float) -> Tensor:

@@ -30,13 +30,11 @@ from torch.optim.optimizer import ParamsT
 
 from parabola import recipes
 from parabola.axes import index, multiply, name, unfold
+from parabola.linalg import symmetric_product
 from parabola.method import GRADIENT, Block, Cost, Entry, Method, Options, Refreshed, State
 from parabola.optimizer import SecondOrder
 from parabola.options import Check, one_of, optional, real
 from parabola.recipes import Recipe
-
-PANELS_FROM = 256
-"""Side length from which a CPU core multiplies four panels faster than the whole."""
 
 
 class JorgeMethod(Method):
@@ -177,23 +175,6 @@ def update(
     scale = m / new.diagonal(dim1=1, dim2=2).sum(1) if normalize else beta2 ** (-1 / power)
     taken = (scale > 0) & (scale < inf)  # a nu of zero, or not finite, has made it inf or NaN
     return Update(torch.where(_rows(taken), new.mul_(_rows(scale)), root), beta2, taken)
-
-
-def symmetric_product(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b`` of batches ``(n, m, k)`` and ``(n, k, m)`` whose product is symmetric.
-
-    Large ones on the CPU by row panels, which skips 3/8 of the arithmetic.
-    """
-    m = a.shape[1]
-    if m < PANELS_FROM or a.device.type != "cpu":
-        return torch.bmm(a, b)
-    product = torch.empty(len(a), m, m, dtype=a.dtype, device=a.device)
-    panel = -(-m // 4)
-    for low in range(0, m, panel):
-        rows = slice(low, low + panel)
-        product[:, rows, : low + panel] = torch.bmm(a[:, rows], b[:, :, : low + panel])
-        product[:, :low, rows] = product[:, rows, :low].mT
-    return product
 
 
 def series(power: int, order: int) -> list[float]:
