@@ -165,7 +165,7 @@ _SONEW_REFUSES = {
     "drop_tolerance": (-1e-6, 1.5),
     "graft": (*_ENGINE_REFUSES["graft"], "sign", "adagrad"),
     "chain": ("column", None),
-    "state_dtype": (torch.float16, "bfloat16"),
+    "state_dtype": (torch.float16, "half"),
     "kernels": ("fast", None),
 }
 

@@ -45,7 +45,7 @@ def test_asking_for_a_checkpoint_before_the_first_step_changes_nothing(method, f
     assert all(p.grad is None for p in model.parameters())
     assert optimizer.param_groups[0]["lr"] == method.options["lr"]
     if flatten:
-        plain = (Tensor, int, float, str, tuple, type(None))
+        plain = (Tensor, int, float, str, tuple, torch.dtype, type(None))
         assert all(isinstance(value, plain) for value in state.values())
 
 

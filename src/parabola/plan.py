@@ -31,6 +31,7 @@ class Row:
         reason: Why.
         blocks: Preconditioned blocks; 0 where only the graft's step is taken.
         numel: Elements.
+        param_bytes: Bytes of the parameter itself.
         state_bytes: Bytes of all state tensors, exactly.
         step_flops: FLOPs of the method in a plain step (graft and update not counted).
         refresh_flops: FLOPs of one refresh of all its factors, about.
@@ -42,6 +43,7 @@ class Row:
     reason: str
     blocks: int
     numel: int
+    param_bytes: int
     state_bytes: int
     step_flops: float
     refresh_flops: float
@@ -52,6 +54,11 @@ class Plan:
     """A row for every parameter; ``str()`` is a table."""
 
     rows: tuple[Row, ...]
+
+    @property
+    def param_bytes(self) -> int:
+        """Bytes of all parameters; gradients take as many."""
+        return sum(row.param_bytes for row in self.rows)
 
     @property
     def state_bytes(self) -> int:
@@ -90,7 +97,8 @@ class Plan:
             _scaled(self.state_bytes, "B", 1024),
             _scaled(self.step_flops, "FLOP"),
             _scaled(self.refresh_flops, "FLOP"),
-            f"{self.state_bytes / max(numel, 1):.1f} state bytes an element",
+            f"{self.state_bytes / max(numel, 1):.1f} state bytes an element, beside "
+            f"{_scaled(self.param_bytes, 'B', 1024)} of parameters and as much of gradients",
         )
         widths = [max(len(line[i]) for line in (head, *body, total)) for i in range(len(head))]
         left = (0, 1, 2, 6)  # text columns; the others are numbers
@@ -142,7 +150,7 @@ def plan_groups(method: Method, groups: Sequence[Mapping[str, Any]]) -> Plan:
 
 def _row(method: Method, group: Mapping[str, Any], name: str, route: Route, p: Tensor) -> Row:
     if not layout.wanted(p):
-        return Row(name, tuple(p.shape), "none", "frozen", 0, p.numel(), 0, 0.0, 0.0)
+        return Row(name, tuple(p.shape), "none", "frozen", 0, p.numel(), p.nbytes, 0, 0.0, 0.0)
     state = layout.STEP_BYTES
     step = refresh = 0.0
     shapes = []
@@ -159,7 +167,16 @@ def _row(method: Method, group: Mapping[str, Any], name: str, route: Route, p: T
     blocks = sum(tile.rows for tile in route.tiles if tile.block.axes and tile.block.shape)
     treatment = " + ".join(shapes) or f"graft ({group['graft']})"
     return Row(
-        name, tuple(p.shape), treatment, route.reason, blocks, p.numel(), state, step, refresh
+        name=name,
+        shape=tuple(p.shape),
+        treatment=treatment,
+        reason=route.reason,
+        blocks=blocks,
+        numel=p.numel(),
+        param_bytes=p.nbytes,
+        state_bytes=state,
+        step_flops=step,
+        refresh_flops=refresh,
     )
 
 

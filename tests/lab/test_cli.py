@@ -51,11 +51,18 @@ def test_compare_digits_end_to_end(cli, out):
     result = cli.invoke(app, ["compare", "digits", *FAST, "--out", str(out)])
     assert result.exit_code == 0, result.output
     runs = json.loads((out / "results.json").read_text())["runs"]
-    assert [run["optimizer"] for run in runs] == ["adamw", "sgd", "muon", "shampoo"]
+    assert [run["optimizer"] for run in runs] == [
+        "adamw",
+        "sgd",
+        "muon",
+        "shampoo",
+        "sonew",
+        "jorge",
+    ]
     assert {run["status"] for run in runs} == {"finished"}
     page = (out / "report.html").read_text()
     assert "shampoo" in page
-    for word in ("adamw", "steps to target", "[4/4] shampoo seed 0", str(out / "results.json")):
+    for word in ("adamw", "steps to target", "[6/6] jorge seed 0", str(out / "results.json")):
         assert word in result.output
 
 

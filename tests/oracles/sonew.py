@@ -196,7 +196,7 @@ class SONewOracle:
             chain = slice(start, start + self.length)
             r = [entries[chain] / self._correction() * root[chain] for entries in self.offdiagonals]
             for k, entries in enumerate(r, start=1):
-                entries[: self.length - k] *= root[chain][k:]
+                entries[: max(self.length - k, 0)] *= root[chain][k:]
             unit = band_matrix(np.ones(self.length), r)
             lower, pivots = recursion(unit, o.band, o.drop_tolerance)
             u[chain] = root[chain] * (lower @ ((lower.T @ (root[chain] * mh[chain])) / pivots))

@@ -17,8 +17,8 @@ from torch import Tensor
 class Chains:
     """The tensors of parameters whose elements are preconditioned along chains.
 
-    Lists of tensors have one entry a parameter; state tensors are contiguous, in row-major order of the
-    parameter's elements, and stay where they are as long as this object lives.
+    Lists of tensors have one entry a parameter. State tensors are contiguous, in row-major order
+    of the parameter's elements, and stay where they are as long as this object lives.
 
     Attributes:
         params: Contiguous parameters; their memory may be another at every step.

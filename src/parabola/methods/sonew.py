@@ -52,7 +52,7 @@ class SONewMethod(ChainMethod):
         "drop_tolerance": real(0, 1),
         "graft": one_of("adam", "rmsprop", "sgd", None),
         "chain": one_of("tensor", "row"),
-        "state_dtype": one_of(None, torch.bfloat16),
+        "state_dtype": one_of(None, torch.bfloat16, "bfloat16"),
         "kernels": one_of("auto", "torch"),
     }
     structural: ClassVar[tuple[str, ...]] = ("band", "chain", "state_dtype")
@@ -77,7 +77,7 @@ class SONewMethod(ChainMethod):
 
     def init(self, block: Block, options: Options) -> dict[str, Entry]:
         """The diagonals of the statistic; beside the first moment, band + 1 words an element."""
-        narrow = Entry((), dtype=options["state_dtype"])
+        narrow = Entry((), dtype=_narrow(options))
         first = {"exp_avg": narrow} if options["betas"][0] > 0 else {}
         band = range(1, options["band"] + 1)
         return {**first, "exp_avg_sq": Entry(()), **{f"offdiagonal{k}": narrow for k in band}}
@@ -121,14 +121,16 @@ class SONewMethod(ChainMethod):
         if options["kernels"] == "torch":
             return None
         arithmetic = torch.float64 if dtype == torch.float64 else torch.float32
-        return kernels.sonew(
-            device, dtype, options["state_dtype"] or arithmetic, int(options["band"])
-        )
+        return kernels.sonew(device, dtype, _narrow(options) or arithmetic, int(options["band"]))
 
     def cost(self, block: Block, options: Options) -> Cost:
         """Statistics, the recursion of order b^2, two triangular products, norms."""
         b = options["band"]
         return Cost(22.0 + 12.0 * b + 3.0 * b * (b - 1), 0.0)
+
+
+def _narrow(options: Options) -> torch.dtype | None:
+    return None if options["state_dtype"] is None else torch.bfloat16
 
 
 class SONew(SecondOrder):
@@ -160,9 +162,9 @@ class SONew(SecondOrder):
         chain: ``"tensor"``: one chain through all elements of a tensor, or ``"row"``: one for each
             index of the first axis.
         start_step: Steps at the start that are the graft's own, while statistics gather.
-        state_dtype: ``torch.bfloat16`` keeps first moments and off-diagonals in half the memory; it
-            needs betas[1] <= 0.97, damping and drop_tolerance >= 1e-2. None: the dtype of all
-            arithmetic, float32, or float64 for float64 parameters.
+        state_dtype: ``torch.bfloat16`` (or its name) keeps first moments and off-diagonals in half
+            the memory; it needs betas[1] <= 0.97, damping and drop_tolerance >= 1e-2. None: the
+            dtype of all arithmetic, float32, or float64 for float64 parameters.
         kernels: ``"auto"`` uses a fused kernel where there is one (Numba on the CPU, Triton on
             CUDA), ``"torch"`` plain PyTorch; the numbers are the same up to rounding.
         maximize: Maximize the objective.
@@ -200,7 +202,7 @@ class SONew(SecondOrder):
         graft: str | None = "adam",
         chain: str = "tensor",
         start_step: int = 10,
-        state_dtype: torch.dtype | None = None,
+        state_dtype: torch.dtype | str | None = None,
         kernels: str = "auto",
         maximize: bool = False,
         nonfinite: str = "skip",

@@ -44,6 +44,14 @@ class Digits(Workload):
             {"lr": 0.042, "betas": (0.95, 0.99), "damping": 3.13e-06, "weight_decay": 0.0},
             _TUNED + "2.2e-04",
         ),
+        "jorge": Setting(
+            {"lr": 0.469, "momentum": 0.95, "damping": 5.42e-06, "weight_decay": 0.01},
+            _TUNED + "0.0033",
+        ),
+        "sonew": Setting(
+            {"lr": 0.0956, "betas": (0.9, 0.95), "floor": 0.0806, "weight_decay": 0.01},
+            _TUNED + "6.0e-04",
+        ),
     }
 
     def load(self, data_dir: Path) -> None:
