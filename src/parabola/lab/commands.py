@@ -245,7 +245,7 @@ def tune_command(
     )
     lines = [
         "Setting for the workload's file:",
-        f'    "{optimizer}": {best!r},',
+        f'    "{optimizer}": Setting({dict(best.options)!r}, {best.tuned!r}),',
         f"As JSON: {json.dumps(best.options)}",
     ]
     console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)

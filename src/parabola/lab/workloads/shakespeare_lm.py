@@ -40,6 +40,14 @@ class ShakespeareLM(NextByte):
         "shampoo": Setting(
             {"lr": 3e-3, "betas": (0.9, 0.99), "weight_decay": 0.1}, _TUNED + "loss 2.371"
         ),
+        "jorge": Setting(
+            {"lr": 3e-3, "graft": "adam", "betas": (0.9, 0.99), "weight_decay": 0.1},
+            "best lr of 3e-3, 6e-3, 1.2e-2 with Adam's graft, 150 steps, seed 1000: loss 2.763",
+        ),
+        "sonew": Setting(
+            {"lr": 1.5e-3, "betas": (0.9, 0.99), "weight_decay": 0.1},
+            "best lr of 1.5e-3, 3e-3, 6e-3, 150 steps, seed 1000: loss 2.524",
+        ),
     }
 
     def load(self, data_dir: Path) -> None:

@@ -61,6 +61,15 @@ class StdlibLM(NextByte):
         "shampoo": Setting(
             {"lr": 3e-3, "betas": (0.9, 0.99), "weight_decay": 0.1}, _TUNED + "loss 2.02"
         ),
+        "jorge": Setting(
+            {"lr": 6e-3, "graft": "adam", "betas": (0.9, 0.99), "weight_decay": 0.1},
+            "best of lr 3e-3, 6e-3, 1.2e-2 with Adam's graft and 0.1, 0.3 with SGD's, 250 steps, "
+            "seed 1000: loss 2.539",
+        ),
+        "sonew": Setting(
+            {"lr": 3e-3, "betas": (0.9, 0.99), "weight_decay": 0.1},
+            "best lr of 1.5e-3, 3e-3, 6e-3, 1.2e-2, 2.4e-2, 250 steps, seed 1000: loss 2.141",
+        ),
     }
 
     def load(self, data_dir: Path) -> None:
