@@ -34,6 +34,7 @@ def fake_run(optimizer: str, seed: int = 0, steps: int = 300, **changes: Any) ->
         "optimizer": optimizer,
         "hyperparameters": {"lr": 0.01, "betas": [0.9, 0.99]},
         "tuned": "sweep of lr on seed 1000, 300 steps",
+        "schedule": None,
         "seed": seed,
         "status": "finished",
         "error": None,
