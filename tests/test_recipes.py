@@ -406,3 +406,10 @@ def test_the_page_runs_and_shows_what_is_printed():
         with contextlib.redirect_stdout(printed):
             exec(code, names)
         assert printed.getvalue() == shown
+
+
+def test_a_key_of_the_user_that_is_a_keyword_is_refused():
+    (weight, *_) = params()
+    sgd = SGD([{"params": [weight], "order": 1}], lr=0.1)
+    with pytest.raises(ValueError, match="Invalid group key: 'order'"):
+        from_sgd(parabola.Jorge, sgd, total_steps=9)

@@ -295,7 +295,9 @@ def test_first_moments_must_fade_faster():
 def without_numba(monkeypatch):
     """As on a machine where it is not installed: the import of what needs it fails."""
     monkeypatch.setitem(sys.modules, "parabola.kernels.sonew_numba", None)
-    monkeypatch.delattr(parabola.kernels, "sonew_numba", raising=False)
+    parabola.kernels._module.cache_clear()
+    yield
+    parabola.kernels._module.cache_clear()
 
 
 PLANNED = ((8, 3, 2), (1, 9), (5, 1), (2, 1), (7,), (), (0, 4))

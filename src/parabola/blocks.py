@@ -22,7 +22,7 @@ WINDOW = 1 << 22
 """Elements up to which a bucket keeps a scratch stack with ready-made views."""
 
 MOST_STRETCHES = 64
-"""Stretches of a run that are remembered, for parameters that never have a gradient."""
+"""Stretches of a run that are remembered at least, for parameters that never have a gradient."""
 
 PIECE = {"cpu": 1 << 18, "other": 1 << 24}
 """Elements of a run that are worked on together: few enough for a CPU core's cache."""
@@ -191,7 +191,7 @@ class Bucket:
         found = self._stretches.get((first, last))
         if found is None:
             start, end = self.members[first].start, self.members[last - 1].end
-            if len(self._stretches) > MOST_STRETCHES:
+            if len(self._stretches) > max(MOST_STRETCHES, 2 * len(self.members)):
                 self._stretches.clear()
             found = self._stretches[first, last] = replace(
                 self,

@@ -94,7 +94,7 @@ def _accumulate(
         for key, value in piece.state.items():
             if value.dtype != piece.dtype:
                 value[start:end].copy_(state[key])
-    return _spread(piece, torch.stack(sums).sum(0) / _sizes(piece))
+    return _spread(piece, (torch.stack(sums).sum(0) / _sizes(piece)).to(piece.dtype))
 
 
 def _precondition(
@@ -190,11 +190,15 @@ def _squares(piece: Bucket, x: Tensor) -> Tensor:
 
 
 def _sums(piece: Bucket, x: Tensor) -> Tensor:
-    """Sums ``(members,)`` over each parameter, or over a stretch of a single one."""
+    """Sums ``(members,)`` in float64 over each parameter, or over a stretch of a single one."""
     if _equal(piece):
-        return x.view(len(piece.members), -1).sum(1)
-    total: Tensor = torch.segment_reduce(x, "sum", lengths=_sizes(piece))
-    return total
+        rows = x.view(len(piece.members), -1)
+        total = rows.sum(1)
+        if x.device.type == "cpu" and bool(total.isfinite().all()):
+            return total.double()
+        return rows.sum(1, dtype=torch.float64)
+    sums: Tensor = torch.segment_reduce(x.double(), "sum", lengths=_sizes(piece))
+    return sums
 
 
 def _spread(piece: Bucket, x: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 """The buckets of one parameter group, and the views of them in ``optimizer.state``.
 
 Nothing here is state of its own: a layout is rebuilt from ``optimizer.state`` whenever it no longer
-fits (after a load, a new keyword value that shapes the state, a state tensor that a user replaced).
+fits: after a load, a new keyword value that shapes the state, a state tensor that a user replaced,
+a parameter of another dtype, device or memory format.
 """
 
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
@@ -65,6 +66,11 @@ def wanted(p: Tensor) -> bool:
     return p.requires_grad or p.grad is not None
 
 
+def kind(p: Tensor) -> tuple[Any, ...]:
+    """What of a parameter decides its bucket, beside its route."""
+    return p.dtype, p.device, tuple(p.shape), p.is_contiguous()
+
+
 class Layout:
     """Buckets of one parameter group.
 
@@ -76,7 +82,11 @@ class Layout:
     """
 
     def __init__(
-        self, method: Method, group: Mapping[str, Any], state: MutableMapping[Tensor, Any]
+        self,
+        method: Method,
+        group: Mapping[str, Any],
+        state: MutableMapping[Tensor, Any],
+        previous: "Layout | None" = None,
     ) -> None:
         self._method = method
         self._signature = signature(method, group)
@@ -89,6 +99,8 @@ class Layout:
         self._idle = [p for p in group["params"] if not wanted(p)]
         self.params = [p for p, _, _ in kept]
         self.names = [name for _, name, _ in kept]
+        self._kinds = [kind(p) for p in self.params]
+        self._pointers = [p.data_ptr() for p in self.params]
         self.steps = torch.zeros(len(kept), dtype=torch.float32, device="cpu")
         self.buckets = blocks.build(
             self.params,
@@ -101,6 +113,8 @@ class Layout:
             assign_phases(self.buckets, costs, group["update_every"])
         self.step_views = list(self.steps.unbind(0))
         self._adopt(state)
+        if previous is not None:
+            self._drop(previous)
         self._own = [state[p] for p in self.params]
 
     def _adopt(self, state: MutableMapping[Tensor, Any]) -> None:
@@ -117,6 +131,17 @@ class Layout:
                     for key, view in zip(member.keys(entry), views, strict=True):
                         self._claim(state[member.param], key, view, name)
 
+    def _drop(self, previous: "Layout") -> None:
+        """Remove entries that the layout before this one kept and that have no use any more.
+
+        Left where they are they would go stale, and be taken for current later.
+        """
+        owners = {id(own) for own in self._owners}
+        kept = set(zip(map(id, self._owners), self._keys, strict=True))
+        for own, key in zip(previous._owners, previous._keys, strict=True):
+            if id(own) in owners and (id(own), key) not in kept:
+                own.pop(key, None)
+
     def _claim(self, own: dict[str, Any], key: str, view: Tensor, name: str) -> None:
         old = own.get(key)
         if old is not None:
@@ -125,7 +150,8 @@ class Layout:
                 raise ValueError(
                     f"state {key!r} of {name} has shape {tuple(old.shape)}, expected "
                     f"{tuple(view.shape)}: keywords that shape the state must be those under which "
-                    f"it was made ({', '.join((*STRUCTURAL, *self._method.structural))})"
+                    f"it was made ({', '.join((*STRUCTURAL, *self._method.structural))}); to go on "
+                    "with other ones, clear the parameter's state"
                 )
             view.copy_(old)
         own[key] = view
@@ -142,7 +168,17 @@ class Layout:
             and all(p.grad is None for p in self._idle)
             and all(map(is_, map(state.get, self.params), self._own))
             and all(map(is_, map(dict.get, self._owners, self._keys), self._views))
+            and self._unmoved()
         )
+
+    def _unmoved(self) -> bool:
+        """Whether every parameter lies where it lay, or looks as it did in its new place."""
+        pointers = list(map(Tensor.data_ptr, self.params))
+        if pointers != self._pointers:
+            if [kind(p) for p in self.params] != self._kinds:
+                return False
+            self._pointers = pointers
+        return True
 
     def active(self, grads: Sequence[Tensor | None]) -> Iterator[tuple[Bucket, list[Tensor]]]:
         """Step the clocks and yield ``(bucket, gradients)``, one gradient a member.

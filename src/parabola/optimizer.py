@@ -50,6 +50,7 @@ class SecondOrder(Optimizer):
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         self._layouts: dict[int, Layout] = {}
+        self._checked: dict[int, list[Any]] = {}
         self._exchange: Exchange = Local()
         self.stats = faults.new_stats()
         validate(defaults, self.method.checks)
@@ -126,6 +127,7 @@ class SecondOrder(Optimizer):
         for index, group in enumerate(self.param_groups):
             if all(p.grad is None for p in group["params"]):
                 continue
+            self._check(index, group)
             layout = self._layout(index, group)
             grads = [p.grad for p in layout.params]
             faults.refuse(grads, layout.names)
@@ -137,10 +139,19 @@ class SecondOrder(Optimizer):
                 continue
             yield group, layout, grads
 
+    def _check(self, index: int, group: dict[str, Any]) -> None:
+        """Validate keywords that have changed since the last step; the learning rate may be any."""
+        values = [group[key] for key in self.defaults if key != "lr"]
+        if values != self._checked.get(index):
+            validate(group, self.method.checks)
+            self.method.check(group)
+            self._checked[index] = values
+
     def _layout(self, index: int, group: dict[str, Any]) -> Layout:
         layout = self._layouts.get(index)
         if layout is None or not layout.fits(group, self.state):
-            layout = self._layouts[index] = Layout(self.method, group, self.state)
+            layout = Layout(self.method, group, self.state, layout)
+            self._layouts[index] = layout
         return layout
 
     def plan(self) -> Plan:
@@ -161,6 +172,11 @@ class SecondOrder(Optimizer):
             self.method.check(group)
             routes_of(self.method, group)  # refuses parts that do not fit a shape
             for p in group["params"]:
+                if hasattr(p, "placements"):
+                    raise ValueError(
+                        "parabola optimizers do not support DTensor parameters yet, got placements "
+                        f"{p.placements}; allowed: plain tensors"
+                    )
                 if p.is_complex():
                     raise ValueError(
                         f"parabola optimizers do not support complex parameters, got {p.dtype}; "
@@ -198,7 +214,7 @@ class SecondOrder(Optimizer):
         super().__setstate__(state)
         self.__dict__.setdefault("stats", faults.new_stats())
         self._exchange = Local()
-        self._layouts = {}
+        self._layouts, self._checked = {}, {}
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)

@@ -97,6 +97,8 @@ def validate(group: Mapping[str, Any], checks: Mapping[str, Check]) -> None:
     if isinstance(lr, torch.Tensor):
         if lr.numel() != 1:
             raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(lr.shape)}")
+        if lr.device.type == "cpu" and not real(0)[0](lr.item()):
+            raise ValueError(f"Invalid learning rate: {lr.item()!r}; allowed for lr: a number >= 0")
     elif not real(0)[0](lr):
         raise ValueError(f"Invalid learning rate: {lr!r}; allowed for lr: a number >= 0")
     betas = group["betas"]

@@ -165,7 +165,9 @@ def _row(method: Method, group: Mapping[str, Any], name: str, route: Route, p: T
             step, refresh = step + tile.rows * cost.step, refresh + tile.rows * cost.refresh
             shapes.append(_words(method, group, tile, p))
     blocks = sum(tile.rows for tile in route.tiles if tile.block.axes and tile.block.shape)
-    treatment = " + ".join(shapes) or f"graft ({group['graft']})"
+    treatment = " + ".join(shapes) or (
+        f"graft ({group['graft']})" if group["graft"] else "the gradient itself"
+    )
     return Row(
         name=name,
         shape=tuple(p.shape),

@@ -208,6 +208,7 @@ def from_adamw(
     Example:
         >>> optimizer = from_adamw(parabola.Shampoo, adamw).optimizer()
     """
+    _keywords(cls)  # refuses what is no optimizer of the library
     groups = _read(Adam, AdamW, optimizer_or_settings, params)
     for index, group in enumerate(groups):
         if group["amsgrad"]:
@@ -286,6 +287,11 @@ def _recipe(
         notes["params"] = "The same; no rule can read names: build from model.named_parameters()."
     settings: dict[str, Any] = {}
     own = [{k: v for k, v in group.items() if k not in _TORCH} for group in groups]
+    for key in {key for group in own for key in group}.intersection(keywords):
+        raise ValueError(
+            f"Invalid group key: {key!r} of the old optimizer's group is a keyword of {name}; "
+            "allowed: other names for your own keys, and keywords as arguments of the recipe"
+        )
     for key, (values, why) in chosen.items():
         if key in keywords:
             notes[key] = why

@@ -247,14 +247,14 @@ def test_the_table_follows_the_memory():
 
 def test_what_is_supported():
     float32, float64, bfloat16 = torch.float32, torch.float64, torch.bfloat16
-    assert interpreted.supports(float32, float32, 1)
-    assert interpreted.supports(bfloat16, float32, 4)
-    assert interpreted.supports(float32, bfloat16, 1)
-    assert interpreted.supports(float64, float64, 1)
-    assert not interpreted.supports(float64, float32, 1)
-    assert not interpreted.supports(float32, float64, 1)
-    assert not interpreted.supports(torch.float16, float32, 1)
-    assert not interpreted.supports(float32, float32, 2)
+    assert interpreted.supports(float32, float32)
+    assert interpreted.supports(bfloat16, float32)
+    assert interpreted.supports(float32, bfloat16)
+    assert interpreted.supports(float64, float64)
+    assert not interpreted.supports(float64, float32)
+    assert not interpreted.supports(float32, float64)
+    assert not interpreted.supports(torch.float16, float32)
+    assert interpreted.BANDS == (1, 4)
 
 
 def compiled() -> ModuleType:

@@ -7,6 +7,8 @@ the CPU (``pip install parabola[fast]``), Triton on the GPU. Without them everyt
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
@@ -63,17 +65,19 @@ def sonew(
         state_dtype: Of first moments and off-diagonals.
         band: Off-diagonals of the statistic.
     """
+    name = {"cpu": "numba", "cuda": "triton"}.get(device.type)
+    module = _module(f"parabola.kernels.sonew_{name}") if name else None
+    if name is None or module is None or not module.supports(dtype, state_dtype):
+        return None
+    if name == "triton" and band not in module.BANDS:
+        return None
+    return Kernel(name, module.step)
+
+
+@cache
+def _module(name: str) -> Any:
+    """The module, or None where Numba or Triton is missing: a failed import is not tried again."""
     try:
-        if device.type == "cpu":
-            from parabola.kernels import sonew_numba
-
-            if sonew_numba.supports(dtype, state_dtype):
-                return Kernel("numba", sonew_numba.step)
-        elif device.type == "cuda":
-            from parabola.kernels import sonew_triton
-
-            if sonew_triton.supports(dtype, state_dtype, band):
-                return Kernel("triton", sonew_triton.step)
-    except ImportError:  # Numba or Triton is not installed: the plain form serves
-        pass
-    return None
+        return import_module(name)
+    except ImportError:
+        return None

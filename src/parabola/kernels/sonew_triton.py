@@ -56,18 +56,17 @@ _SIZE, _LENGTH, _FIRST = (tl.constexpr(i) for i in range(4, 7))
 _BANDS = tl.constexpr(7)
 
 
-def supports(param_dtype: torch.dtype, state_dtype: torch.dtype, band: int) -> bool:
+def supports(param_dtype: torch.dtype, state_dtype: torch.dtype) -> bool:
     """Whether `step` takes parameters, first moments and off-diagonals of these dtypes.
 
     Args:
         param_dtype: float32 or bfloat16, or float64 with a state of float64.
         state_dtype: float32 or bfloat16; second moments are float32 (float64) all the same.
-        band: One of `BANDS`.
     """
     if param_dtype == torch.float64:
-        return state_dtype == torch.float64 and band in BANDS
+        return state_dtype == torch.float64
     narrow = (torch.float32, torch.bfloat16)
-    return param_dtype in narrow and state_dtype in narrow and band in BANDS
+    return param_dtype in narrow and state_dtype in narrow
 
 
 @triton.jit
@@ -364,7 +363,7 @@ def _update(
     table, owner, scratch, scales, lr_address,
     lr: tl.float64, decay: tl.float64,
     COLUMNS: tl.constexpr, BLOCK: tl.constexpr, P: tl.constexpr, C: tl.constexpr,
-    SCALED: tl.constexpr, ALIGNED: tl.constexpr,
+    SCALED: tl.constexpr, CHAINED: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """The parameters."""
     tensor, row, start, size = _place(table, owner, COLUMNS, BLOCK, ALIGNED)
@@ -377,7 +376,8 @@ def _update(
     u = tl.load(scratch + tl.program_id(0).to(tl.int64) * BLOCK + lanes)
     if SCALED:
         u *= tl.load(scales + tensor).to(C)
-    u = tl.where(tl.abs(u) < float("inf"), u, 0.0)  # statistics that overflowed: stand still
+    if CHAINED:
+        u = tl.where(tl.abs(u) < float("inf"), u, 0.0)  # statistics that overflowed: stand still
     pointer = _pointer(row, _PARAM, P, ALIGNED) + at
     p = tl.load(pointer, mask=inside, other=0.0).to(C)
     tl.store(pointer, (p - lr * (u + decay * p)).to(P), mask=inside)
@@ -565,6 +565,7 @@ def _launch(chains: Chains, plan: _Plan, t: int, options: Mapping[str, Any]) -> 
         decay=decay if decoupled else 0.0,
         COLUMNS=second["COLUMNS"],
         SCALED=grafted,
+        CHAINED=chained,
         **types,
         **blocks,
     )

@@ -60,11 +60,11 @@ class SONewMethod(ChainMethod):
     def check(self, options: Options) -> None:
         """Decays that make m / H run away where gradients vanish, or that bfloat16 cannot hold."""
         beta1, beta2 = options["betas"]
-        if beta1 >= beta2:
+        if beta1 > beta2:
             raise ValueError(
-                f"Invalid betas value: {options['betas']!r}; allowed for SONew: betas[0] < betas[1]"
-                " (an inverse of second moments that fade faster than the first moment grows"
-                " without bound where gradients stop)"
+                f"Invalid betas value: {options['betas']!r}; allowed: betas[0] <= betas[1] (an "
+                "inverse of second moments that fade faster than the first moment grows without "
+                "bound where gradients stop)"
             )
         least = min(options["damping"], options["drop_tolerance"])
         if options["state_dtype"] is not None and (beta2 > NARROW_BETA2 or least < NARROW_DAMPING):
@@ -144,7 +144,7 @@ class SONew(SecondOrder):
         params: Parameters, parameter groups, or ``model.named_parameters()``.
         lr: Learning rate, a number or a one-element tensor.
         betas: Decay of the first moment (0 switches it off) and of all second-order statistics
-            (1 sums without forgetting); the first must be the smaller one.
+            (1 sums without forgetting); the first must not be the larger one.
         weight_decay: Decoupled, as in AdamW; added to the gradient with ``decoupled=False``.
         decoupled: Where the decay goes.
         eps: Added to the graft's root of second moments.
