@@ -138,7 +138,10 @@ def test_compare_logs_to_tensorboard(cli, out):
         (["compare", "digits", "--device", "toaster"], "--device 'toaster' cannot be used"),
         (["compare", "digits", "--steps", "0"], "greater than or equal to 1"),
         (["tune", "digits", "--optimizer", "shampo"], "did you mean 'shampoo'"),
-        (["plan", "digits", "--optimizer", "adamw"], "library's own optimizers (jorge, sonew, shampoo"),
+        (
+            ["plan", "digits", "--optimizer", "adamw"],
+            "library's own optimizers (jorge, sonew, shampoo",
+        ),
         (["plan", "digits", "--option", "blok_size=3"], "did you mean 'block_size'"),
         (["plan", "digits", "--option", "block_size"], "key=value"),
         (["plan", "digits", "--option", "block_size=-1"], "block_size"),

@@ -277,8 +277,8 @@ class Jorge(SecondOrder):
             lengths. ``"auto"`` finds fused projections by name.
         update_every: Steps between two updates of the roots, after an update at each of the first
             ``2 sqrt(m)`` steps for an axis of length m.
-        start_step: Steps at the start that are the graft's own (with None: the plain gradient), while
-            the roots take shape. The average of directions begins after them, at zero.
+        start_step: Steps at the start that are the graft's own (with None: the gradient), while the
+            roots take shape. The average of directions begins after them, at zero.
         refresh: ``"inline"``, or ``"staggered"``: 1/``update_every`` of the cost at each step.
         maximize: Maximize the objective.
         nonfinite: ``"skip"`` the step of a group with a NaN or Inf gradient, ``"raise"``, or
