@@ -2,8 +2,8 @@
 """The step of parameters that are preconditioned along chains of their elements.
 
 The same equations as in ``optimizer.py``, in another order of loops: a run of elements is walked
-over in stretches that stay in a CPU core's cache, twice where a parameter is longer than that, once
-for its statistics and once for its direction, since the second looks ahead along the chain.
+over in stretches that stay in a CPU core's cache, once for the statistics and once for the
+direction, which looks ahead along the chain.
 """
 
 from collections.abc import Iterator, Sequence
@@ -110,18 +110,17 @@ def _precondition(
     halo, grafted = method.halo(options), options["graft"] is not None
     correction1, correction2 = _corrections(piece, options)
     squares = []
-    u = d
     for start, end in spans:
         low, high = max(start - halo, 0), min(end + halo, piece.n)
         state = _widened(piece, low, high)
         m = state.get("exp_avg", g[low:high])
         u = method.apply_chain(state, m, mean, correction2, options)[start - low : end - low]
-        if grafted:
-            a, scale = _graft(piece, g, start, end, options)
-            squares.append(torch.stack([_squares(piece, a) * scale**2, _squares(piece, u)]))
         if not grafted:
             torch.mul(u, 1.0 / correction1, out=d[start:end])
-        elif len(spans) > 1:
+            continue
+        a, scale = _graft(piece, g, start, end, options)
+        squares.append(torch.stack([_squares(piece, a) * scale**2, _squares(piece, u)]))
+        if len(spans) > 1:
             d[start:end] = u
     if grafted:
         target, length = torch.stack(squares).sum(0)
