@@ -38,6 +38,7 @@ class Bucket:
         dtype: Of the state and of all arithmetic.
         device: Of the parameters and of the state.
         state: Entry name -> ``(n, ...)``.
+        numbers: What is kept once a row, ``(n,)``, or once a member of a run, ``(members,)``.
         refreshed: ``(n, factors)`` int32 on the host: step of the last refresh, 0 for never.
         failures: ``(n, factors)`` int32 on the host: consecutive failed refreshes.
         phase: ``(n, factors)`` int64 on the host: offset of each factor's refresh step.
@@ -52,6 +53,7 @@ class Bucket:
     dtype: torch.dtype
     device: torch.device
     state: State
+    numbers: State
     refreshed: Tensor
     failures: Tensor
     phase: Tensor
@@ -125,10 +127,14 @@ class Bucket:
 
         The result is scratch, overwritten by the next `gather` or `scatter`.
         """
-        if self.window is not None:
-            stack = self.window[0]
-        else:
-            stack = torch.empty(self.n, *self.block.shape, dtype=self.dtype, device=self.device)
+        if self.window is None:
+            return self.stack(tensors)
+        torch._foreach_copy_(*self._pairs(self.window[0], tensors))
+        return self.window[0]
+
+    def stack(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The same in fresh memory, which stays the caller's."""
+        stack = torch.empty(self.n, *self.block.shape, dtype=self.dtype, device=self.device)
         torch._foreach_copy_(*self._pairs(stack, tensors))
         return stack
 
@@ -155,6 +161,40 @@ class Bucket:
         """``(n,)`` values shaped to broadcast against a stack, on its device."""
         return rows.to(self.device).view(self.n, *(1 for _ in self.block.shape))
 
+    def spread(self, values: Tensor) -> Tensor:
+        """``(members,)`` values of a run for each of its elements: ``()`` of a single member."""
+        if len(self.members) == 1:
+            return values.reshape(())
+        if self.even:
+            return values.unsqueeze(1).expand(-1, self.splits[0]).reshape(-1)
+        return values.repeat_interleave(self.sizes, output_size=self.n)
+
+    @cached_property
+    def even(self) -> bool:
+        """Whether all members of a run have the same number of elements."""
+        return len(set(self.splits)) == 1
+
+    @cached_property
+    def sizes(self) -> Tensor:
+        """Elements of each member of a run, ``(members,)`` int64."""
+        return torch.tensor(self.splits, device=self.device)
+
+    @property
+    def seen(self) -> State:
+        """The state as methods see it: with the `numbers`, shaped to broadcast against a stack."""
+        shape = self.expand if self.block.shape else self.spread
+        return {**self.state, **{name: shape(x) for name, x in self.numbers.items()}}
+
+    def means(self, name: str) -> Tensor:
+        """The mean of a state entry over every block, or over every member of a run."""
+        x = self.state[name]
+        if self.block.shape:
+            return x.flatten(1).mean(1)
+        if self.even:
+            return x.view(len(self.members), -1).mean(1)
+        sums: Tensor = torch.segment_reduce(x.double(), "sum", lengths=self.sizes)
+        return (sums / self.sizes).to(x.dtype)
+
     def index(self, chosen: Sequence[int]) -> Tensor:
         """Rows of the chosen members, ``(k,)`` int64 on the host."""
         members = (self.members[i] for i in chosen)
@@ -169,6 +209,7 @@ class Bucket:
             start = members[-1].end
         on_device = rows.to(self.device)
         state = {k: v.index_select(0, on_device) for k, v in self.state.items()}
+        numbers = {k: v.index_select(0, on_device) for k, v in self.numbers.items()}
         refreshed, failures, phase = (
             x[rows] if len(x) else x for x in (self.refreshed, self.failures, self.phase)
         )
@@ -178,6 +219,7 @@ class Bucket:
             self.dtype,
             self.device,
             state,
+            numbers,
             refreshed,
             failures,
             phase,
@@ -197,6 +239,7 @@ class Bucket:
                 self,
                 members=[replace(m, start=m.start - start) for m in self.members[first:last]],
                 state={key: value[start:end] for key, value in self.state.items()},
+                numbers={key: value[first:last] for key, value in self.numbers.items()},
                 scratch=scratch,
                 memo={},
                 _vectors={},
@@ -230,8 +273,9 @@ class Bucket:
     def restore(self, subset: "Bucket", chosen: Sequence[int]) -> None:
         """Write the state of a `subset` back."""
         rows = self.index(chosen)
-        for key, tensor in self.state.items():
-            tensor.index_copy_(0, rows.to(self.device), subset.state[key])
+        for own, changed in ((self.state, subset.state), (self.numbers, subset.numbers)):
+            for key, tensor in own.items():
+                tensor.index_copy_(0, rows.to(self.device), changed[key])
         if len(self.refreshed):
             self.refreshed[rows] = subset.refreshed
             self.failures[rows] = subset.failures
@@ -243,12 +287,16 @@ def state_dtype(param: Tensor) -> torch.dtype:
     return torch.float64 if param.dtype == torch.float64 else torch.float32
 
 
-def new_state(entry: Entry, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def new_state(
+    entry: Entry, block: Block, n: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
     """A fresh state tensor ``(n, *entry.shape)``."""
     dtype = entry.dtype or dtype
     if entry.start == "eye":
         eye = torch.eye(entry.shape[-1], dtype=dtype, device=device)
         return eye.expand(n, *entry.shape).contiguous()
+    if not block.shape:
+        return torch.zeros(*entry.shape, n, dtype=dtype, device=device).movedim(-1, 0)
     return torch.zeros(n, *entry.shape, dtype=dtype, device=device)
 
 
@@ -257,6 +305,7 @@ def build(
     tiles: Sequence[Sequence[Tile]],
     entries: Callable[[Block], dict[str, Entry]],
     factors: Callable[[Block], dict[str, float]],
+    numbers: Callable[[Block], Sequence[str]],
 ) -> list[Bucket]:
     """Sort the tiles of all parameters into buckets with fresh state.
 
@@ -265,6 +314,7 @@ def build(
         tiles: The tiles of each.
         entries: State entries of a block.
         factors: Names and costs of the factors of a block.
+        numbers: Names of what is kept once a block, or once a parameter of a run.
 
     Returns:
         Buckets in the order in which their first tile appears.
@@ -281,9 +331,11 @@ def build(
     buckets = []
     for (block, dtype, device, _), mates in members.items():
         n = mates[-1].end
-        state = {k: new_state(e, n, dtype, device) for k, e in entries(block).items()}
+        state = {k: new_state(e, block, n, dtype, device) for k, e in entries(block).items()}
+        count = n if block.shape else len(mates)
+        once = {k: torch.zeros(count, dtype=dtype, device=device) for k in numbers(block)}
         k = len(factors(block))
         host = torch.zeros(n if k else 0, k, dtype=torch.int32, device="cpu")
         bookkeeping = (host, host.clone(), host.to(torch.int64))
-        buckets.append(Bucket(mates, block, dtype, device, state, *bookkeeping))
+        buckets.append(Bucket(mates, block, dtype, device, state, once, *bookkeeping))
     return buckets

@@ -94,7 +94,7 @@ def _accumulate(
         for key, value in piece.state.items():
             if value.dtype != piece.dtype:
                 value[start:end].copy_(state[key])
-    return _spread(piece, (torch.stack(sums).sum(0) / _sizes(piece)).to(piece.dtype))
+    return piece.spread((torch.stack(sums).sum(0) / piece.sizes).to(piece.dtype))
 
 
 def _precondition(
@@ -125,7 +125,7 @@ def _precondition(
     if grafted:
         target, length = torch.stack(squares).sum(0)
         factor = torch.where(length > 0, (target / length).sqrt(), 0.0).to(d.dtype)
-        torch.mul(u if len(spans) == 1 else d, _spread(piece, factor), out=d)
+        torch.mul(u if len(spans) == 1 else d, piece.spread(factor), out=d)
         if piece.device.type == "cpu" and bool(length.isfinite().all()):
             return
     d.nan_to_num_(0.0, 0.0, 0.0)  # statistics that overflowed: the parameter stands still
@@ -181,7 +181,7 @@ def _ends(piece: Bucket, start: int, end: int, halo: int) -> Iterator[Tensor]:
 
 def _squares(piece: Bucket, x: Tensor) -> Tensor:
     """Sums of squares over each parameter, or over a stretch of a single one, in float64."""
-    if not _equal(piece):
+    if not piece.even:
         return _sums(piece, x.double().square())
     rows = x.view(len(piece.members), -1)
     norms = grafting.norms(rows).double()
@@ -190,35 +190,11 @@ def _squares(piece: Bucket, x: Tensor) -> Tensor:
 
 def _sums(piece: Bucket, x: Tensor) -> Tensor:
     """Sums ``(members,)`` in float64 over each parameter, or over a stretch of a single one."""
-    if _equal(piece):
+    if piece.even:
         rows = x.view(len(piece.members), -1)
         total = rows.sum(1)
         if x.device.type == "cpu" and bool(total.isfinite().all()):
             return total.double()
         return rows.sum(1, dtype=torch.float64)
-    sums: Tensor = torch.segment_reduce(x.double(), "sum", lengths=_sizes(piece))
+    sums: Tensor = torch.segment_reduce(x.double(), "sum", lengths=piece.sizes)
     return sums
-
-
-def _spread(piece: Bucket, x: Tensor) -> Tensor:
-    """One value a parameter, for each of its elements: ``()`` for a single one, else ``(n,)``."""
-    if len(piece.members) == 1:
-        return x.reshape(())
-    if _equal(piece):
-        return x.unsqueeze(1).expand(-1, piece.splits[0]).reshape(-1)
-    return x.repeat_interleave(_sizes(piece), output_size=piece.n)
-
-
-def _equal(piece: Bucket) -> bool:
-    """Whether all parameters of a piece have the same number of elements."""
-    if "equal" not in piece.memo:
-        piece.memo["equal"] = len(set(piece.splits)) == 1
-    return bool(piece.memo["equal"])
-
-
-def _sizes(piece: Bucket) -> Tensor:
-    """Elements of each parameter, ``(members,)``, int64."""
-    if "sizes" not in piece.memo:
-        piece.memo["sizes"] = torch.tensor(piece.splits, device=piece.device)
-    sizes: Tensor = piece.memo["sizes"]
-    return sizes

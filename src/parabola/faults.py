@@ -33,6 +33,9 @@ def new_stats() -> Stats:
         "root_retries": 0,
         "root_failures": 0,
         "fallbacks": 0,
+        "curvature_vectors": 0,
+        "nonfinite_curvature": 0,
+        "missing_curvature": 0,
     }
 
 
@@ -83,6 +86,32 @@ def on_nonfinite(stats: Stats, grads: Grads, names: Sequence[str], policy: str) 
             RuntimeWarning,
             stacklevel=7,
         )
+
+
+def on_nonfinite_curvature(stats: Stats) -> None:
+    """Count a curvature vector that was dropped; warn the first time."""
+    if stats["nonfinite_curvature"] == 0:
+        warnings.warn(
+            "a curvature vector is not finite: it is dropped, and the step is taken with the "
+            "curvature as it was. Further ones are counted in opt.stats['nonfinite_curvature'].",
+            RuntimeWarning,
+            stacklevel=5,
+        )
+    stats["nonfinite_curvature"] += 1
+
+
+def on_missing_curvature(stats: Stats, name: str) -> None:
+    """Count a bucket that took its gradient for a vector that was due; say so the first time."""
+    if stats["missing_curvature"] == 0:
+        warnings.warn(
+            f"{name} was given no curvature: it takes the gradient itself instead (the empirical "
+            "Fisher), which is not the Gauss-Newton matrix. Whenever opt.wants_curvature, give it "
+            "some: `with opt.curvature(): parabola.curvature.sampled_loss(...).backward()`; or "
+            "choose curvature='empirical'.",
+            UserWarning,
+            stacklevel=7,
+        )
+    stats["missing_curvature"] += 1
 
 
 def on_failed_roots(stats: Stats, failures: Tensor) -> None:

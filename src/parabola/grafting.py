@@ -60,12 +60,17 @@ def correction(bucket: Bucket, beta: float) -> float | Tensor:
 
 
 def filtered(bucket: Bucket, g: Tensor, options: Options) -> Tensor:
-    """``m <- beta1 m + (1 - beta1) g``, bias-corrected; ``g`` itself where no filter is kept."""
+    """``m <- beta1 m + (1 - beta1) g``, bias-corrected; ``g`` itself where no filter is kept.
+
+    Not to be changed in place.
+    """
     exp_avg = bucket.state.get("exp_avg")
     if exp_avg is None:
         return g
     beta1 = options["betas"][0]
     exp_avg.lerp_(g, 1.0 - beta1)
+    if not options.get("bias_correction", True):
+        return exp_avg
     return exp_avg / correction(bucket, beta1)
 
 

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from parabola import blocks, grafting
 from parabola.blocks import Bucket
-from parabola.method import Block, ChainMethod, Entry, Method, Options
+from parabola.method import Block, ChainMethod, Entry, Method, Options, SpanMethod
 from parabola.refresh import assign_phases
-from parabola.routing import STRUCTURAL, Route, chain, route
+from parabola.routing import STRUCTURAL, Route, chain, elements, route, spanned
 
 HOST = ("refreshed", "failures")
 """Bookkeeping of every block, kept on the host: ``(factors,)`` int32 each."""
@@ -35,12 +35,26 @@ def routes_of(method: Method, group: Mapping[str, Any]) -> list[Route]:
     """The treatment of every parameter of a group."""
     if isinstance(method, ChainMethod):
         return [chain(tuple(p.shape), group, method.halo(group)) for p in group["params"]]
+    options = method.settings(group)
+    if isinstance(method, SpanMethod):
+        return [spanned(tuple(p.shape)) for p in group["params"]]
     names = group.get("param_names") or [None] * len(group["params"])
-    return [route(n, tuple(p.shape), group) for n, p in zip(names, group["params"], strict=True)]
+    found = zip(names, group["params"], strict=True)
+    routes = [route(name, tuple(p.shape), options) for name, p in found]
+    return list(map(elements, routes)) if method.treats_elements(group) else routes
 
 
-def entries(method: Method, block: Block, options: Options) -> dict[str, Entry]:
+def options_of(method: Method, block: Block, group: Options) -> Options:
+    """The keywords that hold for a block: the group's, and what the method derives from them."""
+    options = method.settings(group)
+    if block.axes and not method.grafts:
+        return {**options, "graft": None}
+    return options
+
+
+def entries(method: Method, block: Block, group: Options) -> dict[str, Entry]:
     """All state tensors of one block on the device: the engine's, and the method's."""
+    options = options_of(method, block, group)
     own = method.init(block, options) if block.axes else {}
     return {**grafting.entries(block, options, method.filter_direction), **own}
 
@@ -50,14 +64,20 @@ def factors(method: Method, block: Block, options: Options) -> dict[str, float]:
     return method.factors(block, options) if block.axes else {}
 
 
-def signature(method: Method, group: Mapping[str, Any]) -> tuple[Any, ...]:
+def numbers(method: Method, block: Block, options: Options) -> tuple[str, ...]:
+    """What is kept once a block, or once a parameter of a run."""
+    return method.numbers(block, options) if block.axes else ()
+
+
+def signature(method: Method, group: Options) -> tuple[Any, ...]:
     """All that decides the shape of the state and the schedule of its refreshes."""
     keywords = (*STRUCTURAL, *method.structural, "graft", "refresh", "update_every")
-    values = (group.get(k) for k in keywords)
+    options = method.settings(group)
+    values = (options.get(k) for k in keywords)
     return (
         *(tuple(value) if isinstance(value, list) else value for value in values),
-        group["betas"][0] > 0,
-        group.get("momentum", 0) > 0,
+        options["betas"][0] > 0,
+        options.get("momentum", 0) > 0,
     )
 
 
@@ -107,6 +127,7 @@ class Layout:
             [r.tiles for _, _, r in kept],
             lambda block: entries(method, block, group),
             lambda block: factors(method, block, group),
+            lambda block: numbers(method, block, group),
         )
         if group.get("refresh") == "staggered":
             costs = [list(factors(method, b.block, group).values()) for b in self.buckets]
@@ -130,6 +151,15 @@ class Layout:
                     views = member.views(tensor)
                     for key, view in zip(member.keys(entry), views, strict=True):
                         self._claim(state[member.param], key, view, name)
+            for entry, tensor in bucket.numbers.items():
+                for i, member in enumerate(bucket.members):
+                    rows = (
+                        tensor[member.start : member.end]
+                        if bucket.block.shape
+                        else tensor[i : i + 1]
+                    )
+                    for key, view in zip(member.keys(entry), rows.unbind(0), strict=True):
+                        self._claim(state[member.param], key, view, self.names[member.slot])
 
     def _drop(self, previous: "Layout") -> None:
         """Remove entries that the layout before this one kept and that have no use any more.

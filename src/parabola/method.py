@@ -1,18 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a method fills in: the five words of the one step that differ from paper to paper.
+"""What a method fills in: the words of the one step that differ from paper to paper.
 
 A method is a set of pure functions over a *stack* of ``n`` equal blocks. It sees tensors with a
 leading block axis and the hyperparameters of their parameter group, and nothing else: no
 parameters, ranks, devices, schedules or checkpoints. The engine (``optimizer.py``) calls
 
     init        which tensors a block carries from step to step
-    accumulate  S <- S + what the new gradient says               every step
+    accumulate  S <- S + what the new vector says                 every step
     refresh     P <- f(S), the expensive part                     every ``update_every`` steps
     apply       d <- P m, the preconditioned direction            every step
     cost        what the two cost, for ``opt.plan()``
+
+The vector is the gradient, or what ``opt.curvature()`` was given. A method that works in a basis of
+its own also says how to get there and back (``project``, ``restore``), what it measures there
+(``measure``), and what happens to its state when the basis changes (``transport``).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -29,6 +33,9 @@ Options = Mapping[str, Any]
 State = dict[str, Tensor]
 """The stacked state of a bucket: every tensor has shape ``(n, ...)``."""
 
+FACTOR = "factor"
+"""The state entry of a `SpanMethod` that its columns begin with, ``(rank,)`` an element."""
+
 GRADIENT = "gradient"
 """Among the inputs of a factor: the raw gradient of the step in which it is refreshed."""
 
@@ -39,7 +46,8 @@ class Block:
 
     Attributes:
         shape: Side lengths of one block; ``()`` for the elements of a run.
-        axes: The axes of ``shape`` that are preconditioned; ``(0,)`` for a run of chains.
+        axes: The axes of ``shape`` that are preconditioned; ``(0,)`` for elements of a run on which
+            the method works, alone or along chains; ``()`` where only the graft's step is taken.
     """
 
     shape: tuple[int, ...]
@@ -51,15 +59,16 @@ class Block:
         return prod(self.shape)
 
     @property
-    def chained(self) -> bool:
-        """True for the elements of a run that are preconditioned along chains."""
+    def treated(self) -> bool:
+        """True for the elements of a run on which the method works."""
         return not self.shape and bool(self.axes)
 
 
 class Entry(NamedTuple):
     """One state tensor of one block: its shape, what it starts from, its dtype.
 
-    None stands for the dtype of all arithmetic, float32 or (for float64 parameters) float64.
+    None stands for the dtype of all arithmetic, float32 or (for float64 parameters) float64. Of a
+    run the block is an element; entries of shape ``(k,)`` lie in memory as k runs.
     """
 
     shape: tuple[int, ...]
@@ -98,25 +107,52 @@ class Method:
         filter_direction: What the first moment averages. False: the gradient, which is then
             preconditioned; momentum acts on the grafted direction. True: the preconditioned
             gradient, with decay ``momentum``; the graft then has momentum of its own.
+        grafts: Whether a preconditioned direction takes the graft's length.
     """
 
     checks: ClassVar[Mapping[str, Check]] = {}
     structural: ClassVar[tuple[str, ...]] = ()
     filter_direction: ClassVar[bool] = False
+    grafts: ClassVar[bool] = True
 
     def check(self, options: Options) -> None:
         """Raise ValueError where values that are allowed one by one do not go together."""
+
+    def settings(self, options: Options) -> Options:
+        """The keywords of the engine that this method derives from its own."""
+        return options
+
+    def treats_elements(self, options: Options) -> bool:
+        """Whether parameters without blocks are preconditioned too, element by element."""
+        return False
+
+    def fed(self, options: Options) -> bool:
+        """Whether the vectors come through ``opt.curvature()`` instead of being the gradients."""
+        return False
+
+    def stand_in(self, grads: Sequence[Tensor]) -> Sequence[Tensor]:
+        """What takes the place of a vector that was due and not given: the gradient itself."""
+        return grads
 
     def init(self, block: Block, options: Options) -> dict[str, Entry]:
         """State tensors of one block, by name (no dots)."""
         return {}
 
+    def numbers(self, block: Block, options: Options) -> tuple[str, ...]:
+        """Names of what is kept once a block, or once a parameter of a run.
+
+        Methods see them among the state, shaped to broadcast against a stack.
+        """
+        return ()
+
     def factors(self, block: Block, options: Options) -> dict[str, float]:
         """The parts of a block that are refreshed one by one, each with its relative cost."""
         return {}
 
-    def accumulate(self, state: State, g: Tensor, block: Block, options: Options) -> None:
-        """Take the gradient ``g``, ``(n, *block.shape)``, into the statistics, in place."""
+    def accumulate(
+        self, state: State, vectors: Sequence[Tensor], block: Block, options: Options
+    ) -> None:
+        """Take the mean over the vectors, ``(n, *block.shape)`` each, into the statistics."""
 
     def inputs(self, factor: str) -> tuple[str, ...]:
         """What ``refresh`` of this factor reads: names of state tensors, and `GRADIENT`.
@@ -133,9 +169,49 @@ class Method:
         """Recompute one factor from a snapshot of its inputs, ``m`` rows of the stack."""
         raise KeyError(f"{type(self).__name__} has no factor {factor!r}")
 
+    def transport(self, state: State, rows: Tensor | None, factor: str, new: State) -> State:
+        """What else changes with a factor, as its new values are taken over.
+
+        Args:
+            state: ``(n, ...)`` each, with the old values.
+            rows: The m rows that change, int64 on the host; None for all.
+            factor: Its name.
+            new: What `refresh` computed, ``(m, ...)`` each.
+
+        Returns:
+            New values of other state tensors, ``(m, ...)`` each.
+        """
+        return {}
+
+    def project(self, state: State, x: Tensor, block: Block, options: Options) -> Tensor:
+        """Coordinates of ``x``, ``(n, *block.shape)``, in which the method and its graft work."""
+        return x
+
+    def restore(self, state: State, x: Tensor, block: Block, options: Options) -> Tensor:
+        """The inverse of `project`."""
+        return x
+
+    def measure(
+        self, state: State, vectors: Sequence[Tensor], block: Block, options: Options
+    ) -> None:
+        """Take the projected vectors into what is measured in the basis, in place."""
+
+    def tick(self, numbers: State, means: Callable[[str], Tensor], options: Options) -> None:
+        """Bring the `numbers` up to date, in place, after vectors were taken in.
+
+        Args:
+            numbers: ``(n,)`` each, or ``(parameters,)`` of a run.
+            means: State entry -> its mean over every block, or every parameter of a run.
+            options: The parameter group.
+        """
+
     def apply(self, state: State, m: Tensor, block: Block, options: Options) -> Tensor:
-        """Precondition ``m``, ``(n, *block.shape)``; returns a new tensor of its shape."""
+        """Precondition the projected ``m``, ``(n, *block.shape)``; returns a new tensor."""
         return m.clone()
+
+    def kernel(self, device: torch.device, dtype: torch.dtype, options: Options) -> Kernel | None:
+        """A fused form of the step of a run, for parameters of this dtype, if there is one."""
+        return None
 
     def cost(self, block: Block, options: Options) -> Cost:
         """FLOPs of one block: of a plain step, and of one refresh of all its factors."""
@@ -181,6 +257,110 @@ class ChainMethod(Method):
         """
         return m.clone()
 
-    def kernel(self, device: torch.device, dtype: torch.dtype, options: Options) -> Kernel | None:
-        """A fused form of the whole step for parameters of this dtype, if there is one."""
-        return None
+
+class Products(NamedTuple):
+    """What a `SpanMethod` sees of a group: inner products of the columns [W, h_1 .. h_k, m].
+
+    Attributes:
+        grams: ``(parameters, rank + k + 1, rank + k + 1)`` float64, over each parameter's elements,
+            of the bias-corrected m.
+        numbers: ``(parameters,)`` each.
+        sizes: ``(parameters,)`` int64: elements.
+        owner: ``(parameters,)`` int64: the block that a parameter belongs to.
+        blocks: How many there are.
+        vectors: k, zero in a step without curvature.
+    """
+
+    grams: Tensor
+    numbers: State
+    sizes: Tensor
+    owner: Tensor
+    blocks: int
+    vectors: int
+
+
+class Combined(NamedTuple):
+    """What it makes of them.
+
+    Attributes:
+        numbers: ``(parameters,)`` each, new values.
+        update: ``(parameters, rank + k, rank)``: the new factor is ``[W, h_1 ..] @ update``. None
+            leaves it as it is.
+        direction: ``(parameters, rank + k + 1)``: coefficients of the direction, up to `scale`.
+        scale: ``(parameters,)``: what the direction is to be multiplied by.
+        limit: ``(parameters,)``: largest element of the direction before that, or None.
+        sound: ``(parameters,)`` bool: where it is False the step is the graft's own.
+    """
+
+    numbers: State
+    update: Tensor | None
+    direction: Tensor
+    scale: Tensor
+    limit: Tensor | None
+    sound: Tensor
+
+
+class Products(NamedTuple):
+    """What a `SpanMethod` sees of its parameters: q = rank + k + 1 vectors each, by their products.
+
+    Attributes:
+        grams: ``(parameters, q, q)`` float64, Y^T Y with Y = [factor, h_1 .. h_k, m], where m is the
+            bias-corrected first moment.
+        numbers: Name -> ``(parameters,)``.
+        sizes: Elements of each parameter, ``(parameters,)`` int64.
+        owner: The block that each parameter is part of, ``(parameters,)`` int64.
+        blocks: How many blocks there are.
+        vectors: k; 0 where the curvature stays as it is.
+    """
+
+    grams: Tensor
+    numbers: State
+    sizes: Tensor
+    owner: Tensor
+    blocks: int
+    vectors: int
+
+
+class Combined(NamedTuple):
+    """What a `SpanMethod` makes of them.
+
+    Attributes:
+        update: ``(parameters, q - 1, rank)``: the new factor is [factor, h_1 .. h_k] times this.
+            None: it stays.
+        direction: ``(parameters, q)``: the direction is Y times this, times ``scale``.
+        scale: ``(parameters,)``, apart from the direction: it may be out of the range of float32.
+        limit: ``(parameters,)``: largest size of an element, before ``scale``. None: no limit.
+        sound: ``(parameters,)`` bool; False: the parameter takes its graft's step.
+        numbers: New values of the numbers.
+    """
+
+    update: Tensor | None
+    direction: Tensor
+    scale: Tensor
+    limit: Tensor | None
+    sound: Tensor
+    numbers: State
+
+
+FACTOR = "factor"
+"""The state entry of a `SpanMethod`: its low-rank factor, ``(*p.shape, rank)``."""
+
+
+class SpanMethod(Method):
+    """Base of methods that couple all elements of a parameter, or of several, by inner products.
+
+    Every parameter is part of a run. ``spans.step`` takes the whole group at once: it asks for the
+    inner products of a few vectors a parameter, and for the coefficients of their combinations.
+    """
+
+    def treats_elements(self, options: Options) -> bool:
+        """All parameters are treated."""
+        return True
+
+    def combine(self, products: Products, options: Options) -> Combined:
+        """The coefficients of one step, from inner products alone; nothing is changed in place."""
+        raise NotImplementedError
+
+    def combine(self, products: Products, options: Options) -> Combined:
+        """Coefficients of the new factors and of the directions, for all parameters at once."""
+        raise NotImplementedError

@@ -2,12 +2,15 @@
 """The one step that all optimizers of the library share.
 
 g  <- gradient (sign for maximize; + weight_decay p when the decay is coupled)
-S  <- accumulate(S, g)                              METHOD
+h  <- g, or the vectors that ``opt.curvature()`` was given                    METHOD says which
+S  <- accumulate(S, h)                              METHOD
 P  <- refresh(S, P), every ``update_every`` steps   METHOD
-m  <- beta1-filter(g), bias-corrected
+S  <- measure(S, project(P, h))                     METHOD, if it works in a basis of its own
+m  <- beta1-filter(project(P, g)), bias-corrected
 a  <- the graft's own direction
 d  <- apply(P, m)                                   METHOD
 d  <- d |a| / |d|
+d  <- restore(P, d)                                 METHOD, the inverse of project
 v  <- momentum v + d ;  d <- v, or d + momentum v
 p  <- p - lr (d + weight_decay p)
 
@@ -17,22 +20,28 @@ over ``apply(P, g)`` in ``d``, and none after the rescaling.
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from parabola import chains, faults, grafting
+from parabola import chains, faults, grafting, spans
 from parabola.blocks import Bucket
+from parabola.curvature.feed import Feed, captured
 from parabola.distributed import Exchange, Local
-from parabola.layout import Layout, routes_of
+from parabola.layout import Layout, entries, options_of, routes_of
 from parabola.linalg import full_precision
-from parabola.method import ChainMethod, Method
+from parabola.method import ChainMethod, Method, Options, SpanMethod
 from parabola.options import validate
 from parabola.plan import Plan, plan_groups
 from parabola.refresh import ready, refresh
+
+Vectors = Sequence[Sequence[Tensor]]
+"""Vectors that a bucket takes in: each one tensor a member."""
 
 
 class SecondOrder(Optimizer):
@@ -43,7 +52,8 @@ class SecondOrder(Optimizer):
         stats: Counters as plain numbers: ``steps`` in which something was stepped;
             ``skipped_steps`` of a parameter group, for ``nonfinite_gradients`` of parameters;
             ``refreshes`` of factors, of which ``root_retries`` climbed the numerical fallback chain
-            and ``root_failures`` kept the old root; ``fallbacks`` of factors to the graft's step.
+            and ``root_failures`` kept the old root; ``fallbacks`` of factors to the graft's step;
+            ``curvature_vectors`` taken in, ``nonfinite_curvature`` vectors dropped.
     """
 
     method: ClassVar[Method]
@@ -52,6 +62,7 @@ class SecondOrder(Optimizer):
         self._layouts: dict[int, Layout] = {}
         self._checked: dict[int, list[Any]] = {}
         self._exchange: Exchange = Local()
+        self._feed = Feed()
         self.stats = faults.new_stats()
         validate(defaults, self.method.checks)
         super().__init__(params, defaults)
@@ -78,48 +89,149 @@ class SecondOrder(Optimizer):
                 loss = closure()
         work, failures = list(self._work()), self.stats["root_failures"]
         for group, layout, grads in work:
-            for bucket, bucket_grads in layout.active(grads):
-                if grafting.fused_adam(bucket, group):
-                    grafting.fused_adam_step(bucket, bucket_grads, layout.steps_of(bucket), group)
-                    continue
-                with torch.autocast(bucket.device.type, enabled=False):
-                    if isinstance(self.method, ChainMethod) and bucket.block.chained:
-                        chains.step(self.method, self._exchange, bucket, bucket_grads, group)
-                    else:
-                        self._advance(bucket, bucket_grads, group)
+            self._step_group(group, layout, grads)
         self.stats["steps"] += bool(work)
+        self._feed = Feed()
         failures = self.stats["root_failures"] - failures
         if failures and any(group["nonfinite"] == "raise" for group, _, _ in work):
             faults.raise_failed_roots(failures)
         return loss
 
-    def _advance(self, bucket: Bucket, grads: list[Tensor], group: dict[str, Any]) -> None:
+    def _step_group(
+        self, group: dict[str, Any], layout: Layout, grads: Sequence[Tensor | None]
+    ) -> None:
+        """One step of a parameter group, whose gradients have passed inspection."""
+        method, exchange, joint = self.method, self._exchange, []
+        for bucket, own in layout.active(grads):
+            options = options_of(method, bucket.block, group)
+            if grafting.fused_adam(bucket, options):
+                grafting.fused_adam_step(bucket, own, layout.steps_of(bucket), options)
+                continue
+            vectors = self._vectors(bucket, own, options) if bucket.block.axes else []
+            with torch.autocast(bucket.device.type, enabled=False):
+                if not bucket.block.treated:
+                    self._advance(bucket, own, vectors, options)
+                elif isinstance(method, ChainMethod):
+                    chains.step(method, exchange, bucket, own, options)
+                elif isinstance(method, SpanMethod):
+                    joint.append(spans.Span(bucket, own, vectors))
+                else:
+                    self._advance_elements(bucket, own, vectors, options)
+        if joint:
+            assert isinstance(method, SpanMethod)
+            with torch.autocast(joint[0].bucket.device.type, enabled=False):
+                spans.step(method, exchange, joint, group)
+
+    def _advance(
+        self, bucket: Bucket, grads: Sequence[Tensor], vectors: Vectors, options: Options
+    ) -> None:
         """One step of one bucket: the equations at the top of this file, line by line."""
         # Statistics and roots need true float32; the direction may follow the user's own setting.
-        g = self._exchange.collect(bucket, grads, group)
-        if bucket.block.axes:
+        method, block = self.method, bucket.block
+        given = [bucket.stack(vector) for vector in vectors if vector is not grads]
+        g = self._exchange.collect(bucket, grads, options)
+        if block.axes:
             with full_precision():
-                self.method.accumulate(bucket.state, g, bucket.block, group)
-            refresh(self.method, bucket, g, group, self.stats)
-        early = self.method.filter_direction
-        grafting.accumulate(bucket, g, group)
-        m = grafting.filtered(bucket, g, group)
-        correction = grafting.correction(bucket, grafting.second_decay(group))
-        a = d = grafting.direction(bucket.state, m, correction, group)
+                if vectors:
+                    method.accumulate(bucket.state, given or [g], block, options)
+                refresh(method, bucket, g, options, self.stats)
+                g = method.project(bucket.state, g, block, options)
+                if vectors:
+                    given = [method.project(bucket.state, h, block, options) for h in given]
+                    method.measure(bucket.state, given or [g], block, options)
+                    method.tick(bucket.numbers, bucket.means, options)
+        early = method.filter_direction
+        grafting.accumulate(bucket, g, options)
+        m = grafting.filtered(bucket, g, options)
+        correction = grafting.correction(bucket, grafting.second_decay(options))
+        a = d = grafting.direction(bucket.state, m, correction, options)
         if early:
-            a = d = grafting.momentum(bucket, a, group)
-        rows = ready(bucket, group) if bucket.block.axes else False
+            a = d = grafting.momentum(bucket, a, options)
+        rows = ready(bucket, options) if block.axes else False
         if rows is not False:
-            d = self.method.apply(bucket.state, g if early else m, bucket.block, group)
+            d = method.apply(bucket.seen, g if early else m, block, options)
             if early:
-                d = grafting.averaged(bucket, d, group)
-            if group["graft"] is not None:
+                d = grafting.averaged(bucket, d, options)
+            if options["graft"] is not None:
                 d = grafting.rescale(bucket, d, a)
             if rows is not True:
                 d = torch.where(bucket.expand(rows), d, a)
+        if block.axes:
+            d = method.restore(bucket.state, d, block, options)
         if not early:
-            d = grafting.momentum(bucket, d, group)
-        self._exchange.deliver(bucket, d, group)
+            d = grafting.momentum(bucket, d, options)
+        self._exchange.deliver(bucket, d, options)
+
+    def _advance_elements(
+        self, run: Bucket, grads: Sequence[Tensor], vectors: Vectors, options: Options
+    ) -> None:
+        """One step of a run whose elements are treated one by one, in stretches of a cache."""
+        taken = 0
+        for piece in run.pieces:
+            piece.t, end = run.t, taken + len(piece.members)
+            own = grads[taken:end]
+            cut = [own if vector is grads else vector[taken:end] for vector in vectors]
+            self._advance(piece, own, cut, options)
+            taken = end
+
+    @contextmanager
+    def curvature(self, *, scaler: GradScaler | None = None) -> Iterator[None]:
+        """Gradients of this block feed the curvature, not the step.
+
+        What is in ``p.grad`` when the block ends is one vector h; the curvature is E[h h^T]. It
+        comes from ``parabola.curvature.sampled_loss(...).backward()``, or is set by hand. Several
+        blocks before a step average their h h^T. The gradients of training, the running statistics
+        of normalization layers and the random state are afterwards what they were before.
+
+        Args:
+            scaler: The gradient scaler of mixed precision, if ``scaler.scale(loss)`` went backward
+                here: the vector is divided by its scale.
+
+        Raises:
+            RuntimeError: no parameter has a gradient when the block ends, or one has a sparse one.
+
+        Example:
+            >>> if opt.wants_curvature:
+            ...     with opt.curvature():
+            ...         parabola.curvature.sampled_loss(model(x), "cross_entropy").backward()
+        """
+        params = [p for group in self.param_groups for p in group["params"]]
+        blocks = len(self._feed.vectors) + self._feed.dropped
+        with captured(params, 64 * self._taken(params) + blocks, scaler) as vector:
+            yield
+        trusting = all(group["nonfinite"] == "ignore" for group in self.param_groups)
+        if trusting or faults.all_finite(list(vector.values())):
+            self._feed.vectors.append(vector)
+            self.stats["curvature_vectors"] += 1
+        else:
+            self._feed.dropped += 1
+            faults.on_nonfinite_curvature(self.stats)
+
+    @property
+    def wants_curvature(self) -> bool:
+        """True when the coming step takes in what `curvature` was given: every ``update_every``."""
+        return any(
+            self.method.fed(group) and self._taken(group["params"]) % group["update_every"] == 0
+            for group in self.param_groups
+        )
+
+    def _taken(self, params: Sequence[Tensor]) -> int:
+        """Steps taken so far, by the parameter that took most."""
+        counts = (self.state[p].get("step", 0) for p in params if p in self.state)
+        return int(max(map(float, counts), default=0.0))
+
+    def _vectors(self, bucket: Bucket, grads: Sequence[Tensor], options: Options) -> Vectors:
+        """The vectors that a bucket takes in now: each one tensor a member."""
+        if not self.method.fed(options):
+            return [grads]
+        if self._feed.vectors:
+            return self._feed.of(bucket.params)
+        latest = bucket.t if isinstance(bucket.t, int) else int(bucket.t.max())
+        if self._feed.dropped or (latest - 1) % options["update_every"]:
+            return []
+        if options["curvature"] != "empirical":
+            faults.on_missing_curvature(self.stats, type(self).__name__)
+        return [self.method.stand_in(grads)]
 
     def _work(self) -> Iterator[tuple[dict[str, Any], Layout, list[Tensor | None]]]:
         """Groups to step, after every gradient of every group has passed inspection."""
@@ -170,7 +282,9 @@ class SecondOrder(Optimizer):
         try:
             validate(group, self.method.checks)
             self.method.check(group)
-            routes_of(self.method, group)  # refuses parts that do not fit a shape
+            for route in routes_of(self.method, group):  # refuse what does not fit a shape
+                for tile in route.tiles:
+                    entries(self.method, tile.block, group)
             for p in group["params"]:
                 if hasattr(p, "placements"):
                     raise ValueError(
@@ -213,7 +327,7 @@ class SecondOrder(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("stats", faults.new_stats())
-        self._exchange = Local()
+        self._exchange, self._feed = Local(), Feed()
         self._layouts, self._checked = {}, {}
         for group in self.param_groups:
             for key, value in self.defaults.items():

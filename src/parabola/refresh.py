@@ -109,9 +109,11 @@ def ready(bucket: Bucket, options: Options) -> bool | Tensor:
     A parameter part takes part only as a whole: all its blocks, all their factors.
     """
     started = bucket.t > options["start_step"]
-    if isinstance(started, bool) and (bucket.settled or not started):
+    if isinstance(started, bool) and (bucket.settled or not started or not len(bucket.refreshed)):
         return started
-    rows = ((bucket.refreshed > 0) & (bucket.failures < STRIKES)).all(dim=1) & started
+    rows = torch.as_tensor(started, device="cpu")
+    if len(bucket.refreshed):
+        rows = ((bucket.refreshed > 0) & (bucket.failures < STRIKES)).all(dim=1) & rows
     parts = rows.view(-1, bucket.per_part).all(dim=1)
     if bool(parts.all()):
         return True
@@ -139,8 +141,11 @@ def snapshot(method: Method, bucket: Bucket, g: Tensor, options: Options) -> lis
     return jobs
 
 
-def adopt(bucket: Bucket, job: Job, result: Refreshed, stats: Stats) -> None:
-    """Take over the rows that succeeded; the others keep what they had and are counted."""
+def adopt(method: Method, bucket: Bucket, job: Job, result: Refreshed, stats: Stats) -> None:
+    """Take over the rows that succeeded; the others keep what they had and are counted.
+
+    State that depends on the factor goes along with it, as it is now: after the snapshot.
+    """
     rows = torch.arange(bucket.n, device="cpu") if job.rows is None else job.rows
     ok, retried = torch.ones(len(rows), dtype=torch.bool, device="cpu"), 0
     if result.ok is not None:
@@ -148,7 +153,8 @@ def adopt(bucket: Bucket, job: Job, result: Refreshed, stats: Stats) -> None:
         report = torch.stack([result.ok.to(torch.int64), retries.to(torch.int64)]).cpu()
         ok, retried = report[0].bool(), int((report[1] > 0).sum())
     all_ok = bool(ok.all())
-    for key, value in result.tensors.items():
+    carried = method.transport(bucket.state, job.rows, job.factor, result.tensors)
+    for key, value in {**result.tensors, **carried}.items():
         if job.rows is None and all_ok:
             bucket.state[key].copy_(value)
         else:
@@ -175,4 +181,4 @@ def refresh(
 ) -> None:
     """Bring every due factor of a bucket up to date."""
     for job in snapshot(method, bucket, g, options):
-        adopt(bucket, job, solver(method, job), stats)
+        adopt(method, bucket, job, solver(method, job), stats)

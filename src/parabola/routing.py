@@ -7,7 +7,7 @@ group (``axes``, ``parts``, ``block_size``, ``max_order``, ``skip_dim``, ``preco
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from parabola.method import Block, Options
@@ -108,13 +108,26 @@ def chain(shape: tuple[int, ...], options: Options, halo: int) -> Route:
     return Route((Tile(0, None, 1, (numel,), Block((), (0,)), length),), reason)
 
 
-Span = tuple[int, int | None, int, tuple[int, ...]]
+def spanned(shape: tuple[int, ...]) -> Route:
+    """Decide the treatment of one parameter by a method that couples all of its elements."""
+    return elements(vector(shape, "empty" if prod(shape) == 0 else "all its elements"))
+
+
+def elements(route: Route) -> Route:
+    """The same route, in which the method treats what is not cut into blocks by elements."""
+    if route.reason == "empty" or route.tiles[0].block.shape:
+        return route
+    (tile,) = route.tiles
+    return Route((replace(tile, block=Block((), (0,))),), route.reason)
+
+
+_Span = tuple[int, int | None, int, tuple[int, ...]]
 """start, length (None: all) along axis 0, number of parts, shape of one part."""
 
 
 def _parts(
     name: str | None, shape: tuple[int, ...], parts: object, reasons: list[str]
-) -> list[Span]:
+) -> list[_Span]:
     """Cut axis 0 into the logical parts that the group declares, or that the name tells."""
     rows, rest = shape[0], shape[1:]
     if parts == "auto":
@@ -151,7 +164,7 @@ def _parts(
     return [(0, None, count, (rows // count, *rest))]
 
 
-def _tile(span: Span, options: Options, policies: tuple[str, ...], reasons: list[str]) -> Tile:
+def _tile(span: _Span, options: Options, policies: tuple[str, ...], reasons: list[str]) -> Tile:
     """Merge one part and cut every axis by its policy."""
     start, length, parts, part = span
     if sum(d != 1 for d in part) < 2 and not options["precondition_1d"]:

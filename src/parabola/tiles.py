@@ -127,4 +127,6 @@ class Member:
     def views(self, tensor: Tensor) -> list[Tensor]:
         """The tensors behind `keys`: views of the bucket's tensor."""
         rows = tensor[self.start : self.end]
-        return list(rows.unbind(0)) if self.tile.block.shape else [rows.view(self.param.shape)]
+        if self.tile.block.shape:
+            return list(rows.unbind(0))
+        return [rows.view((*self.param.shape, *rows.shape[1:]))]

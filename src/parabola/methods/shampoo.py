@@ -15,7 +15,7 @@ exponent -1/(2k). With beta2 = 1 the statistics are plain sums, as in the first 
 grafts the length of D, and adds momentum and decay.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -46,9 +46,12 @@ class ShampooMethod(Method):
             f"{key}_root": Entry(side, "eye") for key, side in sides.items()
         }
 
-    def accumulate(self, state: State, g: Tensor, block: Block, options: Options) -> None:
+    def accumulate(
+        self, state: State, vectors: Sequence[Tensor], block: Block, options: Options
+    ) -> None:
         """Equation (1)."""
         old, new = decay(options["betas"][1])
+        (g,) = vectors
         for axis in block.axes:
             matrix = unfold(g, axis)
             state[name(axis)].baddbmm_(matrix, matrix.mT, beta=old, alpha=new)
