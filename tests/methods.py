@@ -61,9 +61,20 @@ class Method:
     @property
     def graft(self) -> str | None:
         """Where its step size comes from."""
+        if issubclass(self.cls, parabola.Diagonal):
+            own = self.options.get("curvature", "gradient") == "gradient"
+            return "adam" if own and self.options.get("power", 0.5) == 0.5 else None
         if "graft" in self.options or not self.takes("graft"):
             return self.options.get("graft", "adam")
         return inspect.signature(self.cls).parameters["graft"].default
+
+    @property
+    def refreshes(self) -> bool:
+        """Whether it has factors that are refreshed from time to time."""
+        if issubclass(self.cls, parabola.Diagonal):
+            rotated = self.options.get("basis", "identity") != "identity"
+            return rotated or self.cls is parabola.SOAP
+        return self.takes("update_every") and self.cls is not parabola.Ginger
 
     @property
     def reads_betas(self) -> bool:
@@ -168,6 +179,43 @@ _SONEW_REFUSES = {
     "state_dtype": (torch.float16, "half"),
     "kernels": ("fast", None),
 }
+_DIAGONAL_REFUSES = {
+    **{k: v for k, v in _BLOCKS_REFUSE.items() if k not in ("momentum", "graft")},
+    "curvature": ("fisher", None),
+    "power": (-0.5, 1.5),
+    "basis": ("full-matrix", None, torch.ones(2, 3), 2 * torch.eye(3), torch.eye(3).long()),
+    "relative_damping": (1, None),
+    "clip": (0.0, -1.0),
+    "bias_correction": (0, "yes"),
+    "average": ("median", "rms"),
+    "rho": (0.0,),
+    "spectrum": ("exact", "product"),
+    "factors": ("kfac", "kl"),
+    "tracking": ("svd",),
+    "tolerance": (-0.1, 2.0),
+    "kernels": ("fast", None),
+}
+_SOAP_REFUSES = {
+    key: _DIAGONAL_REFUSES[key][:1]
+    for key in ("lr", "betas", "eps", "factors", "tracking", "tolerance", "block_size", "refresh")
+}
+_SOPHIA_REFUSES = {
+    key: _DIAGONAL_REFUSES[key][:1]
+    for key in ("lr", "betas", "curvature", "clip", "rho", "update_every", "damping", "kernels")
+}
+_GINGER_REFUSES = {
+    **{k: v for k, v in _ENGINE_REFUSES.items() if k != "damping"},
+    "graft": (*_ENGINE_REFUSES["graft"], "sign"),
+    "rank": (-1, 2.5),
+    "damping": (0.0, -1.0, "mean", None),
+    "clip": (0.0, -1.0),
+    "debias": (1,),
+    "compensate": ("yes",),
+    "blocks": ("layer", 3),
+    "update_every": (0, 1.5),
+    "curvature": ("fisher", "gradient"),
+    "kernels": ("fast", None),
+}
 
 # Small blocks and an early start, so that the eight steps of a contract cut, refresh and go stale.
 _EARLY = {"lr": 0.01, "block_size": 4, "update_every": 2, "start_step": 1}
@@ -230,6 +278,58 @@ def _sonew(name: str, *, twins: tuple[Twin, ...] = (), **options: Any) -> Method
     )
 
 
+def _diagonal(
+    name: str, *, solo: bool = True, twins: tuple[Twin, ...] = (), **options: Any
+) -> Method:
+    refused = _DIAGONAL_REFUSES
+    if options.get("basis") == "kronecker":  # these values are fine there
+        refused = {**refused, "spectrum": ("exact",), "factors": ("kfac",)}
+    return Method(
+        f"diagonal-{name}",
+        parabola.Diagonal,
+        {"lr": 0.01, "block_size": 4, "update_every": 2, **options},
+        solo=solo,
+        refused=refused,
+        twins=twins,
+    )
+
+
+def _diagonal_twins() -> tuple[Twin, ...]:
+    """Members of the family that torch has."""
+    wd = {"weight_decay": 0.05}
+    optim = torch.optim
+    return (
+        Twin(
+            "AdamW",
+            {"betas": (0.8, 0.95), **wd},
+            lambda p: optim.AdamW(p, 0.01, betas=(0.8, 0.95), **wd),
+        ),
+        Twin(
+            "Adagrad",
+            {"betas": (0.0, 1.0), "eps": 1e-10, "decoupled": False, **wd},
+            lambda p: optim.Adagrad(p, 0.01, eps=1e-10, **wd),
+        ),
+        Twin(
+            "RMSprop",
+            {"betas": (0.0, 0.95), "bias_correction": False, "decoupled": False, **wd},
+            lambda p: optim.RMSprop(p, 0.01, alpha=0.95, **wd),
+        ),
+    )
+
+
+def _ginger(
+    name: str, *, solo: bool = True, twins: tuple[Twin, ...] = (), **options: Any
+) -> Method:
+    return Method(
+        f"ginger-{name}",
+        parabola.Ginger,
+        {"lr": 0.01, "rank": 3, "start_step": 1, "curvature": "empirical", **options},
+        solo=solo,
+        refused=_GINGER_REFUSES,
+        twins=twins,
+    )
+
+
 _SONEW_TWINS = tuple(t for t in _twins() if t.options.get("graft", "adam") in ("adam",))
 
 METHODS = [
@@ -265,6 +365,47 @@ METHODS = [
         damping=1e-2,
         drop_tolerance=1e-2,
     ),
+    _diagonal("adamw", twins=_diagonal_twins()),
+    _diagonal("kronecker", basis="kronecker", tolerance=0.05, decoupled=False, start_step=4),
+    _diagonal(
+        "kl-staggered",
+        solo=False,
+        basis="kronecker",
+        factors="kl",
+        refresh="staggered",
+        start_step=4,
+    ),
+    _diagonal("full", basis="full", tracking="eigh", betas=(0.0, 0.9), start_step=4),
+    _diagonal(
+        "newton", solo=False, curvature="empirical", power=1.0, damping=0.1, relative_damping=True
+    ),
+    _diagonal(
+        "kfac",
+        solo=False,  # curvature is due for a whole group at once
+        curvature="empirical",
+        power=1.0,
+        basis="kronecker",
+        spectrum="product",
+        damping=0.1,
+        max_order=3,
+    ),
+    Method(
+        "soap",
+        parabola.SOAP,
+        {"lr": 0.01, "block_size": 4, "update_every": 2, "start_step": 1, "weight_decay": 0.0},
+        refused=_SOAP_REFUSES,
+    ),
+    Method(
+        "sophia",
+        parabola.Sophia,
+        {"lr": 0.01, "update_every": 2, "curvature": "empirical", "weight_decay": 0.0},
+        solo=False,
+        refused=_SOPHIA_REFUSES,
+    ),
+    _ginger("adam", twins=_SONEW_TWINS),
+    _ginger("plain", kernels="torch", rank=1, debias=True, update_every=2, twins=_SONEW_TWINS),
+    _ginger("model", solo=False, blocks="model", graft="sgd", momentum=0.9, decoupled=False),
+    _ginger("bare", graft=None, damping=1.0, compensate=True, clip=0.5),
 ]
 
 

@@ -124,7 +124,7 @@ def test_counters_are_plain_numbers(method):
     }
     assert all(type(x) in (int, float) for x in optimizer.stats.values())
     assert optimizer.stats["steps"] == 6
-    assert (optimizer.stats["refreshes"] > 0) == method.takes("update_every")
+    assert (optimizer.stats["refreshes"] > 0) == method.refreshes
     assert optimizer.stats["root_failures"] == optimizer.stats["fallbacks"] == 0
 
 

@@ -322,7 +322,7 @@ def test_a_step_count_that_a_user_sets_is_the_clock(method):
     for p in params:
         for value in optimizer.state[p].values():
             value.zero_()
-        for key in [key for key in optimizer.state[p] if key.endswith("_root")]:
+        for key in [key for key in optimizer.state[p] if key.endswith(("_root", "_basis"))]:
             del optimizer.state[p][key]
     with torch.no_grad():
         for p, q in zip(params, fresh_params, strict=True):

@@ -153,8 +153,8 @@ def test_flops_are_those_of_the_products():
 
 @every_engine_method
 def test_a_wrong_keyword_is_refused_by_the_plan(method):
-    with pytest.raises(ValueError, match="damping"):
-        parabola.plan(make_params(SHAPES), method.cls, damping=-1.0)
+    with pytest.raises(ValueError, match="weight_decay"):
+        parabola.plan(make_params(SHAPES), method.cls, weight_decay=-1.0)
 
 
 def test_planning_leaves_the_callers_groups_alone():

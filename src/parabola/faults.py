@@ -109,7 +109,7 @@ def on_missing_curvature(stats: Stats, name: str) -> None:
             "some: `with opt.curvature(): parabola.curvature.sampled_loss(...).backward()`; or "
             "choose curvature='empirical'.",
             UserWarning,
-            stacklevel=7,
+            stacklevel=8,
         )
     stats["missing_curvature"] += 1
 

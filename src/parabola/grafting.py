@@ -195,3 +195,4 @@ def fused_adam_step(
         eps=options["eps"],
         maximize=options["maximize"],
     )
+    torch.autograd.graph.increment_version(bucket.params)  # the kernel does not

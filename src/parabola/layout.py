@@ -6,6 +6,7 @@ fits: after a load, a new keyword value that shapes the state, a state tensor th
 a parameter of another dtype, device or memory format.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from operator import is_
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 from parabola import blocks, grafting
 from parabola.blocks import Bucket
 from parabola.method import Block, ChainMethod, Entry, Method, Options, SpanMethod
+from parabola.options import frozen
 from parabola.refresh import assign_phases
 from parabola.routing import STRUCTURAL, Route, chain, elements, route, spanned
 
@@ -73,9 +75,8 @@ def signature(method: Method, group: Options) -> tuple[Any, ...]:
     """All that decides the shape of the state and the schedule of its refreshes."""
     keywords = (*STRUCTURAL, *method.structural, "graft", "refresh", "update_every")
     options = method.settings(group)
-    values = (options.get(k) for k in keywords)
     return (
-        *(tuple(value) if isinstance(value, list) else value for value in values),
+        *(frozen(options.get(key)) for key in keywords),
         options["betas"][0] > 0,
         options.get("momentum", 0) > 0,
     )
@@ -152,14 +153,25 @@ class Layout:
                     for key, view in zip(member.keys(entry), views, strict=True):
                         self._claim(state[member.param], key, view, name)
             for entry, tensor in bucket.numbers.items():
+                views = tensor.unbind(0)
                 for i, member in enumerate(bucket.members):
-                    rows = (
-                        tensor[member.start : member.end]
-                        if bucket.block.shape
-                        else tensor[i : i + 1]
+                    own = (
+                        views[member.start : member.end] if bucket.block.shape else views[i : i + 1]
                     )
-                    for key, view in zip(member.keys(entry), rows.unbind(0), strict=True):
+                    for key, view in zip(member.keys(entry), own, strict=True):
                         self._claim(state[member.param], key, view, self.names[member.slot])
+        blocks_of = Counter[int]()
+        for bucket in self.buckets:
+            for member in bucket.members if bucket.block.shape else ():
+                blocks_of[member.slot] += member.tile.rows
+        for slot, count in blocks_of.items():
+            for key, old in state[self.params[slot]].items():
+                if key.startswith(f"b{count}/"):
+                    raise ValueError(
+                        f"state {key!r} of {self.names[slot]} has shape {tuple(old.shape)}, "
+                        f"expected {count} blocks: to go on with another shape, clear the "
+                        "parameter's state"
+                    )
 
     def _drop(self, previous: "Layout") -> None:
         """Remove entries that the layout before this one kept and that have no use any more.
@@ -209,6 +221,11 @@ class Layout:
                 return False
             self._pointers = pointers
         return True
+
+    @property
+    def taken(self) -> int:
+        """Steps taken so far, by the parameter that took most."""
+        return int(self.steps.max()) if len(self.steps) else 0
 
     def active(self, grads: Sequence[Tensor | None]) -> Iterator[tuple[Bucket, list[Tensor]]]:
         """Step the clocks and yield ``(bucket, gradients)``, one gradient a member.

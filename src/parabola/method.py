@@ -33,9 +33,6 @@ Options = Mapping[str, Any]
 State = dict[str, Tensor]
 """The stacked state of a bucket: every tensor has shape ``(n, ...)``."""
 
-FACTOR = "factor"
-"""The state entry of a `SpanMethod` that its columns begin with, ``(rank,)`` an element."""
-
 GRADIENT = "gradient"
 """Among the inputs of a factor: the raw gradient of the step in which it is refreshed."""
 
@@ -130,7 +127,7 @@ class Method:
         """Whether the vectors come through ``opt.curvature()`` instead of being the gradients."""
         return False
 
-    def stand_in(self, grads: Sequence[Tensor]) -> Sequence[Tensor]:
+    def stand_in(self, grads: Sequence[Tensor], options: Options) -> Sequence[Tensor]:
         """What takes the place of a vector that was due and not given: the gradient itself."""
         return grads
 
@@ -259,48 +256,6 @@ class ChainMethod(Method):
 
 
 class Products(NamedTuple):
-    """What a `SpanMethod` sees of a group: inner products of the columns [W, h_1 .. h_k, m].
-
-    Attributes:
-        grams: ``(parameters, rank + k + 1, rank + k + 1)`` float64, over each parameter's elements,
-            of the bias-corrected m.
-        numbers: ``(parameters,)`` each.
-        sizes: ``(parameters,)`` int64: elements.
-        owner: ``(parameters,)`` int64: the block that a parameter belongs to.
-        blocks: How many there are.
-        vectors: k, zero in a step without curvature.
-    """
-
-    grams: Tensor
-    numbers: State
-    sizes: Tensor
-    owner: Tensor
-    blocks: int
-    vectors: int
-
-
-class Combined(NamedTuple):
-    """What it makes of them.
-
-    Attributes:
-        numbers: ``(parameters,)`` each, new values.
-        update: ``(parameters, rank + k, rank)``: the new factor is ``[W, h_1 ..] @ update``. None
-            leaves it as it is.
-        direction: ``(parameters, rank + k + 1)``: coefficients of the direction, up to `scale`.
-        scale: ``(parameters,)``: what the direction is to be multiplied by.
-        limit: ``(parameters,)``: largest element of the direction before that, or None.
-        sound: ``(parameters,)`` bool: where it is False the step is the graft's own.
-    """
-
-    numbers: State
-    update: Tensor | None
-    direction: Tensor
-    scale: Tensor
-    limit: Tensor | None
-    sound: Tensor
-
-
-class Products(NamedTuple):
     """What a `SpanMethod` sees of its parameters: q = rank + k + 1 vectors each, by their products.
 
     Attributes:
@@ -356,10 +311,6 @@ class SpanMethod(Method):
     def treats_elements(self, options: Options) -> bool:
         """All parameters are treated."""
         return True
-
-    def combine(self, products: Products, options: Options) -> Combined:
-        """The coefficients of one step, from inner products alone; nothing is changed in place."""
-        raise NotImplementedError
 
     def combine(self, products: Products, options: Options) -> Combined:
         """Coefficients of the new factors and of the directions, for all parameters at once."""

@@ -36,7 +36,7 @@ from parabola.distributed import Exchange, Local
 from parabola.layout import Layout, entries, options_of, routes_of
 from parabola.linalg import full_precision
 from parabola.method import ChainMethod, Method, Options, SpanMethod
-from parabola.options import validate
+from parabola.options import frozen, validate
 from parabola.plan import Plan, plan_groups
 from parabola.refresh import ready, refresh
 
@@ -102,12 +102,13 @@ class SecondOrder(Optimizer):
     ) -> None:
         """One step of a parameter group, whose gradients have passed inspection."""
         method, exchange, joint = self.method, self._exchange, []
+        due = layout.taken % group["update_every"] == 0 if method.fed(group) else True
         for bucket, own in layout.active(grads):
             options = options_of(method, bucket.block, group)
             if grafting.fused_adam(bucket, options):
                 grafting.fused_adam_step(bucket, own, layout.steps_of(bucket), options)
                 continue
-            vectors = self._vectors(bucket, own, options) if bucket.block.axes else []
+            vectors = self._vectors(bucket, own, due, options) if bucket.block.axes else []
             with torch.autocast(bucket.device.type, enabled=False):
                 if not bucket.block.treated:
                     self._advance(bucket, own, vectors, options)
@@ -147,7 +148,9 @@ class SecondOrder(Optimizer):
         a = d = grafting.direction(bucket.state, m, correction, options)
         if early:
             a = d = grafting.momentum(bucket, a, options)
-        rows = ready(bucket, options) if block.axes else False
+        rows: bool | Tensor = bool(block.axes)
+        if rows and method.grafts:
+            rows = ready(bucket, options)
         if rows is not False:
             d = method.apply(bucket.seen, g if early else m, block, options)
             if early:
@@ -197,7 +200,8 @@ class SecondOrder(Optimizer):
         """
         params = [p for group in self.param_groups for p in group["params"]]
         blocks = len(self._feed.vectors) + self._feed.dropped
-        with captured(params, 64 * self._taken(params) + blocks, scaler) as vector:
+        taken = max(self._taken(index, group) for index, group in enumerate(self.param_groups))
+        with captured(params, 64 * taken + blocks, scaler) as vector:
             yield
         trusting = all(group["nonfinite"] == "ignore" for group in self.param_groups)
         if trusting or faults.all_finite(list(vector.values())):
@@ -210,28 +214,32 @@ class SecondOrder(Optimizer):
     @property
     def wants_curvature(self) -> bool:
         """True when the coming step takes in what `curvature` was given: every ``update_every``."""
+        groups = enumerate(self.param_groups)
         return any(
-            self.method.fed(group) and self._taken(group["params"]) % group["update_every"] == 0
-            for group in self.param_groups
+            self.method.fed(group) and self._taken(index, group) % group["update_every"] == 0
+            for index, group in groups
         )
 
-    def _taken(self, params: Sequence[Tensor]) -> int:
-        """Steps taken so far, by the parameter that took most."""
-        counts = (self.state[p].get("step", 0) for p in params if p in self.state)
+    def _taken(self, index: int, group: dict[str, Any]) -> int:
+        """Steps taken so far, by the parameter of a group that took most."""
+        if index in self._layouts:
+            return self._layouts[index].taken
+        counts = (self.state[p].get("step", 0) for p in group["params"] if p in self.state)
         return int(max(map(float, counts), default=0.0))
 
-    def _vectors(self, bucket: Bucket, grads: Sequence[Tensor], options: Options) -> Vectors:
+    def _vectors(
+        self, bucket: Bucket, grads: Sequence[Tensor], due: bool, options: Options
+    ) -> Vectors:
         """The vectors that a bucket takes in now: each one tensor a member."""
         if not self.method.fed(options):
             return [grads]
         if self._feed.vectors:
             return self._feed.of(bucket.params)
-        latest = bucket.t if isinstance(bucket.t, int) else int(bucket.t.max())
-        if self._feed.dropped or (latest - 1) % options["update_every"]:
+        if self._feed.dropped or not due:
             return []
         if options["curvature"] != "empirical":
             faults.on_missing_curvature(self.stats, type(self).__name__)
-        return [self.method.stand_in(grads)]
+        return [self.method.stand_in(grads, options)]
 
     def _work(self) -> Iterator[tuple[dict[str, Any], Layout, list[Tensor | None]]]:
         """Groups to step, after every gradient of every group has passed inspection."""
@@ -253,7 +261,7 @@ class SecondOrder(Optimizer):
 
     def _check(self, index: int, group: dict[str, Any]) -> None:
         """Validate keywords that have changed since the last step; the learning rate may be any."""
-        values = [group[key] for key in self.defaults if key != "lr"]
+        values = [frozen(group[key]) for key in self.defaults if key != "lr"]
         if values != self._checked.get(index):
             validate(group, self.method.checks)
             self.method.check(group)

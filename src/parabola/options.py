@@ -83,6 +83,13 @@ COMMON: Mapping[str, Check] = {
 TITLES = {"eps": "epsilon"}
 
 
+def frozen(value: Any) -> Any:
+    """A stand-in for a value of a group that compares by ``==``: a tensor is itself only."""
+    if isinstance(value, torch.Tensor):
+        return id(value)
+    return tuple(map(frozen, value)) if isinstance(value, (list, tuple)) else value
+
+
 def validate(group: Mapping[str, Any], checks: Mapping[str, Check]) -> None:
     """Check one parameter group.
 

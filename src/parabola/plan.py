@@ -161,13 +161,14 @@ def _row(method: Method, group: Mapping[str, Any], name: str, route: Route, p: T
             state += tile.rows * size * prod(entry.shape)
         if tile.block.axes:
             state += tile.rows * layout.HOST_BYTES * len(method.factors(tile.block, group))
+            once = tile.rows if tile.block.shape else 1
+            state += once * state_dtype(p).itemsize * len(method.numbers(tile.block, group))
             cost = method.cost(tile.block, group)
             step, refresh = step + tile.rows * cost.step, refresh + tile.rows * cost.refresh
             shapes.append(_words(method, group, tile, p))
     blocks = sum(tile.rows for tile in route.tiles if tile.block.axes and tile.block.shape)
-    treatment = " + ".join(shapes) or (
-        f"graft ({group['graft']})" if group["graft"] else "the gradient itself"
-    )
+    graft = method.settings(group)["graft"]
+    treatment = " + ".join(shapes) or (f"graft ({graft})" if graft else "the gradient itself")
     return Row(
         name=name,
         shape=tuple(p.shape),
@@ -189,6 +190,9 @@ def _words(method: Method, group: Mapping[str, Any], tile: Tile, p: Tensor) -> s
         text = f"{count} chains of {tile.chain}" if count > 1 else f"chain of {tile.chain}"
         kernel = method.kernel(p.device, p.dtype, group) if p.is_contiguous() else None
         return f"{text} ({kernel.name})" if kernel else text
+    if not tile.block.shape:
+        kernel = method.kernel(p.device, p.dtype, group) if p.is_contiguous() else None
+        return f"{tile.rows} elements" + (f" ({kernel.name})" if kernel else "")
     sides = "x".join(map(str, tile.block.shape))
     return f"{tile.rows} x {sides}" if tile.rows > 1 else sides
 

@@ -25,7 +25,7 @@ from parabola.distributed import Exchange
 from parabola.linalg import full_precision
 from parabola.method import FACTOR, Options, Products, SpanMethod
 
-ZONE = {"cpu": 1 << 16, "other": 1 << 22}
+ZONE = {"cpu": 1 << 18, "other": 1 << 22}
 """Elements of all columns that are worked on together."""
 
 PANEL = 1 << 10
@@ -61,10 +61,14 @@ class _Zone(NamedTuple):
 
 
 class _Plan(NamedTuple):
-    """What phase 3 does to the members of a piece, one row each; see `parabola.method.Combined`."""
+    """What phase 3 does to the members of a piece, one row each; see `parabola.method.Combined`.
 
-    update: Tensor | None
-    direction: Tensor
+    ``rows`` are the coefficients of what is made of the columns, ``(members, rank + 1, q)``: of the
+    new factor, where it changes, and of the direction.
+    """
+
+    rows: Tensor
+    updates: bool
     scale: Tensor
     limit: Tensor | None
     sound: Tensor
@@ -102,6 +106,7 @@ def _observe(exchange: Exchange, span: Span, options: Options) -> Tensor:
     vectors = [_flat(piece, vector) for vector in span.vectors]
     q = options["rank"] + len(vectors) + 1
     grams = torch.zeros(len(piece.members), q, q, dtype=torch.float64, device=piece.device)
+    scratch = _scratch(piece, len(vectors) + 1)
     beta1, (old, new) = options["betas"][0], grafting.decay(grafting.second_decay(options))
     for zone in _zones(piece):
         x, state = g[zone.start : zone.end], _slices(piece, zone)
@@ -109,9 +114,10 @@ def _observe(exchange: Exchange, span: Span, options: Options) -> Tensor:
             state["exp_avg"].lerp_(x, 1.0 - beta1)
         if "exp_avg_sq" in state:
             state["exp_avg_sq"].mul_(old).addcmul_(x, x, value=new)
-        y = _columns(piece, zone, vectors, state.get("exp_avg", x))
+        given = _given(scratch, zone, vectors, state.get("exp_avg", x))
         for run in zone.runs:
-            grams[run.first : run.first + run.count] += _gram(_rows(y, zone, run))
+            own = slice(run.first, run.first + run.count)
+            grams[own] += _gram(*_columns(piece, given, zone, run))
     scale = 1.0 / _correction(piece, beta1)
     grams[:, -1].mul_(scale)
     grams[:, :, -1].mul_(scale)
@@ -147,9 +153,13 @@ def _combine(
         like = {"dtype": bucket.dtype, "device": bucket.device}
         tiny = torch.finfo(bucket.dtype).tiny
         limit = None if found.limit is None else found.limit[own].clamp(min=tiny).to(**like)
-        update = None if found.update is None else found.update[own].mT.to(**like)
+        rows = direction.unsqueeze(1)
+        if found.update is not None:
+            update = torch.nn.functional.pad(found.update[own].mT, (0, 1))
+            rows = torch.cat([update, rows], 1)
         scale, sound = found.scale[own].to(bucket.device), found.sound[own].to(bucket.device)
-        plans.append(_Plan(update, direction.unsqueeze(1).to(**like), scale, limit, sound))
+        updates = found.update is not None
+        plans.append(_Plan(rows.to(**like).contiguous(), updates, scale, limit, sound))
     return plans
 
 
@@ -168,32 +178,37 @@ def _direction(exchange: Exchange, span: Span, plan: _Plan, options: Options) ->
     assert isinstance(piece.t, int)
     starting = piece.t <= options["start_step"]
     grafted = options["graft"] is not None
-    own_length = grafted or starting or _any_unsound(plan)
+    unsound = _any_unsound(plan)
+    own_length = grafted or starting or unsound
+    rank = options["rank"]
+    scratch, space = _scratch(piece, len(vectors) + 1), _scratch(piece, plan.rows.shape[1])
     squares = torch.zeros(2, len(piece.members), dtype=torch.float64, device=piece.device)
     for zone in _zones(piece):
         state = _slices(piece, zone)
         m = state["exp_avg"] if g is None else g[zone.start : zone.end]
-        y = None
-        if plan.update is not None or not starting:
-            y = _columns(piece, zone, vectors, m)
         a = _graft(piece, state, m, options) if own_length else m
-        target = d[zone.start : zone.end]
+        given = _given(scratch, zone, vectors, m)
         if starting:
-            target.copy_(a)
-        for run in zone.runs if y is not None else ():
-            rows, here = _rows(y, zone, run), slice(run.first, run.first + run.count)
-            if plan.update is not None:
-                changed = torch.bmm(plan.update[here], rows[:, :-1])
-                factor = piece.state[FACTOR].mT[:, run.start : run.end]
-                factor.unflatten(1, (run.count, -1)).copy_(changed.transpose(0, 1))
+            d[zone.start : zone.end] = a
+        if starting and not plan.updates:
+            continue
+        for run in zone.runs:
+            here = slice(run.first, run.first + run.count)
+            factor, rest = _columns(piece, given, zone, run)
+            size = (run.end - run.start) // run.count
+            made = space[:, : run.end - run.start].view(-1, run.count, size).transpose(0, 1)
+            torch.bmm(plan.rows[here, :, :rank], factor, out=made)
+            torch.baddbmm(made, plan.rows[here, :, rank:], rest, out=made)
+            if plan.updates:
+                factor.copy_(made[:, :-1])
             if starting:
                 continue
-            u = torch.bmm(plan.direction[here], rows).squeeze(1)
+            u = made[:, -1]
             if plan.limit is not None:
                 limit = plan.limit[here].unsqueeze(1)
                 torch.clamp(u, -limit, limit, out=u)
             near = a[run.start - zone.start : run.end - zone.start].view(run.count, -1)
-            if own_length:
+            if unsound:
                 u = torch.where(plan.sound[here].unsqueeze(1), u, near)
             if grafted:
                 squares[0, here] += grafting.norms(near).double().square()
@@ -241,39 +256,52 @@ def _slices(piece: Bucket, zone: _Zone) -> dict[str, Tensor]:
     }
 
 
-def _columns(piece: Bucket, zone: _Zone, vectors: Sequence[Tensor], m: Tensor) -> Tensor:
-    """Y of a zone, one row a column, ``(q, n)``."""
-    factor = piece.state[FACTOR].mT[:, zone.start : zone.end]
-    rank, q = len(factor), len(factor) + len(vectors) + 1
-    y = torch.empty(q, zone.end - zone.start, dtype=piece.dtype, device=piece.device)
-    y[:rank].copy_(factor)
-    for i, vector in enumerate(vectors, start=rank):
-        y[i].copy_(vector[zone.start : zone.end])
-    y[-1].copy_(m)
-    return y
+def _scratch(piece: Bucket, rows: int) -> Tensor:
+    """Memory for some rows of a zone, ``(rows, n)``."""
+    n = max(zone.end - zone.start for zone in _zones(piece))
+    return torch.empty(rows, n, dtype=piece.dtype, device=piece.device)
 
 
-def _rows(y: Tensor, zone: _Zone, run: _Run) -> Tensor:
-    """The columns of some members as ``(members, q, elements of each)``: a view."""
-    own = y[:, run.start - zone.start : run.end - zone.start]
-    return own.unflatten(1, (run.count, -1)).transpose(0, 1)
+def _given(scratch: Tensor, zone: _Zone, vectors: Sequence[Tensor], m: Tensor) -> Tensor:
+    """The columns h_1 .. h_k and m of a zone, one a row: ``(k + 1, n)``."""
+    rows = scratch[:, : zone.end - zone.start]
+    for row, vector in zip(rows, vectors, strict=False):
+        row.copy_(vector[zone.start : zone.end])
+    rows[-1].copy_(m)
+    return rows
 
 
-def _gram(y: Tensor) -> Tensor:
-    """Inner products of the rows of ``(members, q, size)``: ``(members, q, q)`` float64."""
-    if y.dtype == torch.float32 and y.device.type == "cpu":
-        size = y.shape[2]
-        whole = size - size % PANEL
-        panels = y[..., :whole].unflatten(2, (-1, PANEL)).transpose(1, 2)
-        total = (panels @ panels.mT).sum(1, dtype=torch.float64)
-        if whole < size:
-            last = y[..., whole:]
-            total += torch.bmm(last, last.mT)
+def _columns(piece: Bucket, given: Tensor, zone: _Zone, run: _Run) -> tuple[Tensor, Tensor]:
+    """W and the other columns of some members, ``(members, .., elements of each)``: views."""
+    factor = piece.state[FACTOR].mT[:, run.start : run.end]
+    rest = given[:, run.start - zone.start : run.end - zone.start]
+    return tuple(x.unflatten(1, (run.count, -1)).transpose(0, 1) for x in (factor, rest))
+
+
+def _gram(factor: Tensor, rest: Tensor) -> Tensor:
+    """Inner products of all rows of ``(members, .., size)``: ``(members, q, q)`` float64."""
+    if factor.dtype == torch.float32 and factor.device.type == "cpu":
+        corner, side, square = (
+            _products(*pair) for pair in ((factor, factor), (factor, rest), (rest, rest))
+        )
+        total = torch.cat([torch.cat([corner, side], 2), torch.cat([side.mT, square], 2)], 1)
         least, most = total.diagonal(dim1=1, dim2=2).aminmax()
         if PLAIN[0] < float(least) and float(most) < PLAIN[1]:
             return total
-    y = y.double()
+    y = torch.cat([factor, rest], 1).double()
     return torch.bmm(y, y.mT)
+
+
+def _products(x: Tensor, y: Tensor) -> Tensor:
+    """Inner products of rows ``(members, .., size)`` of float32, panel by panel, in float64."""
+    size = x.shape[2]
+    whole = size - size % PANEL
+    parts = (t[..., :whole].unflatten(2, (-1, PANEL)).transpose(1, 2).flatten(0, 1) for t in (x, y))
+    left, right = parts
+    total = torch.bmm(left, right.mT).unflatten(0, (len(x), -1)).sum(1, dtype=torch.float64)
+    if whole < size:
+        total += torch.bmm(x[..., whole:], y[..., whole:].mT)
+    return total
 
 
 def _zones(piece: Bucket) -> Sequence[_Zone]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The commands: ``parabola compare | tune | plan | list``."""
+"""The commands: ``parabola compare | tune | study | plan | list``."""
 
 import json
 from collections.abc import Mapping
@@ -249,6 +249,62 @@ def tune_command(
         f"As JSON: {json.dumps(best.options)}",
     ]
     console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command(
+    "study",
+    epilog=_examples(
+        "parabola study",
+        "parabola study linreg-block logreg-tension",
+        "parabola study --all --quick",
+        "parabola study quadrants path/to/task.py:MyTask",
+    ),
+)
+def study_command(
+    experiments: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[EXPERIMENT]...", help="Experiments to run; none lists them."),
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Run all experiments.")] = False,
+    quick: Annotated[
+        bool,
+        typer.Option("--quick", help="Half the steps on half the grid; checks ten times looser."),
+    ] = False,
+    seeds: Annotated[
+        int, typer.Option(min=1, help="Seeds 0, 1, ...; medians over them are reported.")
+    ] = 3,
+    fresh: Annotated[
+        bool,
+        typer.Option("--fresh", help="Compute the curvature anew at every step, never averaged."),
+    ] = False,
+    out: Annotated[
+        Path, typer.Option(help="Folder of study.json and study.html, which are replaced.")
+    ] = Path("runs/study"),
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Processes; by default one for each core.")
+    ] = None,
+) -> None:
+    """Adam or Gauss-Newton? Rerun the experiments, with every check beside its threshold.
+
+    Exits with 1 where a check fails.
+    """
+    from parabola.lab.study.catalog import choose, known
+    from parabola.lab.study.record import Settings
+    from parabola.lab.study.runner import Request, cores, run_study
+    from parabola.lab.study.tables import catalog_table, verdict
+
+    console = _console()
+    chosen = choose(known(), experiments or [], everything)
+    if not chosen:
+        console.print(catalog_table(known()))
+        return
+    request = Request(chosen, Settings(seeds, quick, fresh), jobs or cores(), out)
+    done = run_study(request, console)
+    console.print()
+    for line in (verdict(done), f"Results: {out / 'study.json'}", f"Page:    {out / 'study.html'}"):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    if not all(item.passed for item in done):
+        raise typer.Exit(1)
 
 
 @app.command(

@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from parabola.linalg.eigen import eigh
 from parabola.linalg.newton import check_matrix, newton_root, newton_schulz_root, normalize, probes
 from parabola.linalg.precision import full_precision
 from parabola.linalg.products import symmetric_product
@@ -165,25 +166,13 @@ def _eigh_dtype(matrix: Tensor, damping: float) -> torch.dtype:
 
 
 def _eigh_root(matrix: Tensor, exponent: float, damping: float) -> _Attempt:
-    values, half = _eigh(matrix)
+    values, half = eigh(matrix)
     values.clamp_(min=0.0)
     ridge = damping * values[:, -1]
     values.add_(ridge[:, None])
     half.mul_(values.pow(-exponent / 2)[:, None, :])
     factors = None if _is_integer(1 / exponent) else (half, values)
     return _Attempt(symmetric_product(half, half.mT), ridge, factors)
-
-
-def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Batched eigh in which a matrix that LAPACK gives up on becomes NaN alone."""
-    try:
-        values, vectors = torch.linalg.eigh(matrix)
-        return values, vectors
-    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-        if len(matrix) > 1:
-            pairs = [_eigh(matrix[i : i + 1]) for i in range(len(matrix))]
-            return torch.cat([v for v, _ in pairs]), torch.cat([q for _, q in pairs])
-        return torch.full_like(matrix[:, 0], torch.nan), torch.full_like(matrix, torch.nan)
 
 
 def _certificate(matrix: Tensor, attempt: _Attempt, exponent: float) -> Tensor:

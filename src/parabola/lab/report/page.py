@@ -6,19 +6,17 @@ everything else, so that a report mailed to a colleague opens from the file syst
 """
 
 import itertools
-import json
 import shlex
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
-from plotly.offline import get_plotlyjs
 
 from parabola.lab.report.charts import is_log, line_chart, memory_chart, step_cost_chart
 from parabola.lab.report.curves import Curve, curves
+from parabola.lab.report.html import embed, render
 from parabola.lab.report.summary import (
     BASELINE,
     NONE,
@@ -70,20 +68,7 @@ def write_report(results: dict[str, Any], path: Path) -> None:
     schema = results.get("schema")
     if schema != "parabola.compare/1":
         raise ValueError(f"Invalid schema: {schema!r} (allowed: 'parabola.compare/1')")
-    templates = Path(__file__).parent / "templates"
-    environment = Environment(
-        loader=FileSystemLoader(templates),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template("report.html").render(
-        style=Markup((templates / "report.css").read_text(encoding="utf-8")),
-        script=Markup((templates / "report.js").read_text(encoding="utf-8")),
-        plotly=Markup(get_plotlyjs()),
-        **page_content(results),
-    )
+    page = render("report.html", **page_content(results))
     path.write_text(page, encoding="utf-8")
 
 
@@ -133,22 +118,6 @@ def color_slots(names: Sequence[str]) -> dict[str, int]:
     fixed = {name: SLOTS[name.lower()] for name in names if name.lower() in SLOTS}
     free = (slot for slot in itertools.count() if slot not in fixed.values())
     return {name: fixed[name] if name in fixed else next(free) for name in names}
-
-
-def embed(value: object) -> str:
-    """JSON for a script element: no NaN, and nothing that could end the element."""
-    text = json.dumps(_plain(value), allow_nan=False, separators=(",", ":"))
-    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
-
-
-def _plain(value: object) -> object:
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float):
-        return finite(value)
-    return value
 
 
 def command(results: dict[str, Any]) -> str:

@@ -88,12 +88,29 @@ def write_picture(
     with tempfile.TemporaryDirectory() as folder:
         page = Path(folder) / "report.html"
         write_report(results, page)
+        screenshot(page, path, width=width, height=height, scale=scale)
+
+
+def screenshot(page: Path, path: Path, *, width: int, height: int, scale: float) -> None:
+    """Writes the part of a page that is meant for pictures as a PNG.
+
+    Args:
+        page: the html file, which lays itself out for `#picture=HEIGHT`.
+        path: the PNG file to write, its folder included; replaced where it exists.
+        width: width of the picture in CSS pixels.
+        height: height of the picture in CSS pixels.
+        scale: image pixels per CSS pixel.
+
+    Raises:
+        RuntimeError: there is no Chromium on this machine, or it failed.
+    """
+    with tempfile.TemporaryDirectory() as folder:
         picture = Path(folder) / "picture.png"
         done = run_browser(
             f"--window-size={width},{height}",
             f"--force-device-scale-factor={scale}",
             f"--screenshot={picture}",
-            f"{page.as_uri()}#picture={height}",
+            f"{page.resolve().as_uri()}#picture={height}",
         )
         if not picture.exists():
             raise RuntimeError(f"Chromium wrote no picture: {done.stderr[-2000:]}")

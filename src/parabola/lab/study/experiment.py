@@ -1,0 +1,416 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an experiment of the study is: a question, and rows, checks and counter-instances as answer.
+
+Experiments compute; the runner prints, writes and decides the exit code. Everything here is plain
+data, so that an experiment can be read, tested and run without the command line.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from statistics import median
+from typing import Any, Literal, Protocol
+
+Relation = Literal["<", "<=", ">", ">=", "in"]
+Figure = dict[str, Any]
+
+# Quick runs are half as long on half the grid: they exercise the code, and their checks are looser
+# by this factor.
+QUICK = 10.0
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A curve over steps: the median over seeds at the best learning rate.
+
+    Attributes:
+        steps: Step numbers, 0 for the start.
+        values: The metric, or the loss, after so many steps.
+    """
+
+    steps: tuple[int, ...] = ()
+    values: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method in one setting, at its best learning rate.
+
+    Attributes:
+        source: Where the diagonal comes from: ``"gradient"`` (squares of batch gradients, Adam's),
+            ``"gauss_newton"``, ``"empirical"``, or ``"none"`` for gradient descent.
+        power: The diagonal is raised to minus this power.
+        basis: ``"identity"``, ``"gauss_newton"``, ``"kronecker"``, ... ; one word.
+        batch: ``"full"`` or the batch size in digits.
+        schedule: ``"constant"``, ``"linear"`` or ``"cosine"``.
+        settings: Whatever else tells rows apart, by a short readable name.
+        best_lr: The learning rate with the lowest median metric.
+        interior: Whether the grid goes on at both sides of it. Where it does not, a better value
+            may lie outside, and the row says so.
+        metric: Median over seeds at the best learning rate; infinite where runs diverged.
+        low: Smallest value over seeds.
+        high: Largest value over seeds.
+        seconds: Wall time of the whole sweep of this row.
+        rates: The grid, ascending.
+        values: The metric by learning rate and seed.
+        curve: Loss by step at the best learning rate.
+        label: Name of the method where source and power do not say it.
+    """
+
+    source: str
+    power: float
+    basis: str
+    batch: str
+    schedule: str
+    settings: Mapping[str, Any]
+    best_lr: float
+    interior: bool
+    metric: float
+    low: float
+    high: float
+    seconds: float
+    rates: tuple[float, ...]
+    values: tuple[tuple[float, ...], ...]
+    curve: Curve = Curve()
+    label: str = ""
+
+    @property
+    def method(self) -> str:
+        """What people call it: ``Adam``, ``GN^-1/2``, ``GN^-1``, ``GD`` or the label."""
+        return self.label or method_name(self.source, self.power)
+
+    @property
+    def medians(self) -> tuple[float, ...]:
+        """The learning-rate curve: one value a learning rate."""
+        return tuple(_median(values) for values in self.values)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One assertion about measured values.
+
+    Attributes:
+        text: What is asserted, in a sentence.
+        value: What was measured.
+        relation: How it must compare with the threshold; ``"in"`` means a closed interval.
+        threshold: A number, or the two ends of the interval.
+        passed: Whether it does.
+    """
+
+    text: str
+    value: float
+    relation: Relation
+    threshold: float | tuple[float, float]
+    passed: bool
+
+
+@dataclass(frozen=True)
+class Note:
+    """A claim and the instance in which it does not hold, always shown together.
+
+    Attributes:
+        claim: What the experiment shows, with its measured figures.
+        counter: Where that is otherwise, with measured figures as well.
+    """
+
+    claim: str
+    counter: str
+
+
+@dataclass(frozen=True)
+class Plot:
+    """One chart of the page.
+
+    Attributes:
+        title: Heading.
+        figure: A plotly figure as in `parabola.lab.report.charts`; see `study.figures` for helpers.
+        scale: Small print beside the heading, for instance ``"log scale"``.
+    """
+
+    title: str
+    figure: Figure
+    scale: str = ""
+
+
+@dataclass(frozen=True)
+class Quadrants:
+    """The picture of basis against noise, two by two.
+
+    Attributes:
+        title: Which slice of the experiment this is.
+        cells: By batch (``"full"``, ``"small"``) and basis (``"identity"``, ``"gauss_newton"``):
+            the metric by method name. Cells that were not run are left out.
+    """
+
+    title: str
+    cells: Mapping[tuple[str, str], Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A table of measurements that are not learning-rate sweeps.
+
+    Attributes:
+        title: What it shows.
+        columns: One heading a column.
+        lines: One tuple a line, numbers or text.
+    """
+
+    title: str
+    columns: Sequence[str]
+    lines: Sequence[Sequence[float | str]]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an experiment found."""
+
+    rows: Sequence[Row]
+    checks: Sequence[Check]
+    notes: Sequence[Note] = ()
+    plots: Sequence[Plot] = ()
+    quadrants: Sequence[Quadrants] = ()
+    sheets: Sequence[Sheet] = ()
+
+
+class Map(Protocol):
+    """Applies a function of a module to every item, in processes; results keep the order."""
+
+    def __call__(self, function: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
+        """Function and items must be picklable."""
+        ...
+
+
+def _in_process(function: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
+    return [function(item) for item in items]
+
+
+@dataclass(frozen=True)
+class Context:
+    """What an experiment is told, and what it can use.
+
+    Attributes:
+        seeds: The seeds to run; the median over them is reported.
+        quick: Half the steps on half the grid.
+        fresh: Compute the curvature anew at every step, without any moving average.
+        argument: The word after the experiment's id, for those that take one.
+        map: Runs work over processes.
+    """
+
+    seeds: tuple[int, ...] = (0, 1, 2)
+    quick: bool = False
+    fresh: bool = False
+    argument: str | None = None
+    map: Map = _in_process
+
+    def steps(self, count: int) -> int:
+        """The number of steps of a run: half in a quick one."""
+        return max(1, count // 2) if self.quick else count
+
+    def grid(self, rates: Sequence[float]) -> tuple[float, ...]:
+        """The learning rates: every second one in a quick run."""
+        return tuple(rates[::2] if self.quick else rates)
+
+    def check(
+        self,
+        text: str,
+        value: float,
+        relation: Relation,
+        threshold: float | tuple[float, float],
+        *,
+        exact: bool = False,
+    ) -> Check:
+        """A check; in a quick run the threshold is ten times looser.
+
+        Args:
+            text: What is asserted.
+            value: What was measured. NaN fails.
+            relation: How they must compare.
+            threshold: A number, or a pair for ``"in"``.
+            exact: Never loosen: for identities and yes-or-no questions.
+        """
+        bound = _loosened(relation, threshold) if self.quick and not exact else threshold
+        return Check(text, value, relation, bound, holds(value, relation, bound))
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One entry of the study.
+
+    Attributes:
+        id: Its name on the command line.
+        title: A heading.
+        question: What it asks, in a sentence; shown in the list.
+        run: Computes the outcome.
+        metric: What the numbers in its table are.
+        claim: What should be seen and why, in a few sentences for the page.
+        argument: Name of the word that must follow the id on the command line, if any. Such an
+            experiment is left out of ``--all``.
+    """
+
+    id: str
+    title: str
+    question: str
+    run: Callable[[Context], Outcome]
+    metric: str = "final / initial loss"
+    claim: str = ""
+    argument: str | None = None
+
+
+def method_name(source: str, power: float) -> str:
+    """The common name of a statistic and a power."""
+    if source == "none":
+        return "GD"
+    root = {0.5: "^-1/2", 1.0: "^-1"}.get(power, f"^-{power:g}")
+    if source == "gradient":
+        return "Adam" if power == 0.5 else f"grad{root}"
+    names = {"gauss_newton": "GN", "empirical": "EF", "hutchinson": "Hessian"}
+    return names.get(source, source) + root
+
+
+def holds(value: float, relation: Relation, threshold: float | tuple[float, float]) -> bool:
+    """Whether a value keeps to a threshold; NaN never does."""
+    if isinstance(threshold, tuple):
+        return threshold[0] <= value <= threshold[1]
+    return {
+        "<": value < threshold,
+        "<=": value <= threshold,
+        ">": value > threshold,
+        ">=": value >= threshold,
+    }[relation]
+
+
+def best_row(
+    source: str,
+    power: float,
+    *,
+    basis: str,
+    batch: str,
+    schedule: str,
+    rates: Sequence[float],
+    values: Sequence[Sequence[float]],
+    curves: Sequence[Sequence[float]] = (),
+    every: int = 1,
+    seconds: float = 0.0,
+    label: str = "",
+    **settings: Any,
+) -> Row:
+    """The row of one learning-rate sweep.
+
+    Args:
+        source: See `Row`.
+        power: See `Row`.
+        basis: See `Row`.
+        batch: See `Row`.
+        schedule: See `Row`.
+        rates: Learning rates, ascending.
+        values: The metric by learning rate and seed, lower is better; NaN counts as infinite.
+        curves: By learning rate, the median loss after 0, `every`, 2 `every`, ... steps.
+        every: Steps between two values of a curve.
+        seconds: Wall time of the sweep.
+        label: Name of the method where source and power do not say it.
+        **settings: Whatever else tells rows apart.
+    """
+    table = tuple(tuple(_number(value) for value in one) for one in values)
+    medians = [_median(one) for one in table]
+    best = _best(medians)
+    curve = Curve()
+    if len(curves):
+        line = tuple(_number(value) for value in curves[best])
+        curve = Curve(tuple(every * i for i in range(len(line))), line)
+    return Row(
+        source,
+        power,
+        basis,
+        batch,
+        schedule,
+        settings,
+        best_lr=float(rates[best]),
+        interior=0 < best < len(medians) - 1,
+        metric=medians[best],
+        low=min(table[best]),
+        high=max(table[best]),
+        seconds=seconds,
+        rates=tuple(float(rate) for rate in rates),
+        values=table,
+        curve=curve,
+        label=label,
+    )
+
+
+def find(rows: Iterable[Row], **wanted: Any) -> Row:
+    """The one row with these attributes, properties or settings.
+
+    Raises:
+        LookupError: There is none, or more than one.
+    """
+    found = [row for row in rows if all(_trait(row, k) == v for k, v in wanted.items())]
+    if len(found) != 1:
+        raise LookupError(f"{len(found)} rows with {wanted}")
+    return found[0]
+
+
+def with_settings(row: Row, **settings: Any) -> Row:
+    """The row with further settings."""
+    return replace(row, settings={**row.settings, **settings})
+
+
+def quadrants(title: str, rows: Iterable[Row], small: str, basis: str = "gauss_newton") -> Quadrants:
+    """The two-by-two picture out of rows that differ in method, batch and basis only.
+
+    Args:
+        title: Which slice this is.
+        rows: Rows of other batches and bases are passed over.
+        small: The batch that is the small one.
+        basis: The basis of the right column.
+    """
+    batches, bases = {"full": "full", small: "small"}, {"identity": "identity"}
+    bases[basis] = "gauss_newton"
+    cells: dict[tuple[str, str], dict[str, float]] = {}
+    for row in rows:
+        if row.batch in batches and row.basis in bases:
+            cell = cells.setdefault((batches[row.batch], bases[row.basis]), {})
+            if row.method in cell:
+                raise ValueError(f"{title}: two rows for {row.method} in one quadrant")
+            cell[row.method] = row.metric
+    return Quadrants(title, cells)
+
+
+def powers_of_two(low: float, high: float, per_octave: int = 1) -> tuple[float, ...]:
+    """2^low, ..., 2^high with so many values an octave."""
+    count = round((high - low) * per_octave)
+    return tuple(2.0 ** (low + i / per_octave) for i in range(count + 1))
+
+
+def _best(medians: Sequence[float]) -> int:
+    """The lowest value; of a run of equal ones the middle, which is the farthest from an edge."""
+    ties = [i for i, value in enumerate(medians) if value == min(medians)]
+    return ties[len(ties) // 2]
+
+
+def _trait(row: Row, name: str) -> Any:
+    return row.settings[name] if name in row.settings else getattr(row, name, None)
+
+
+def _number(value: float) -> float:
+    return math.inf if math.isnan(value) else float(value)
+
+
+def _median(values: Sequence[float]) -> float:
+    return float(median(values))
+
+
+def _loosened(
+    relation: Relation, threshold: float | tuple[float, float]
+) -> float | tuple[float, float]:
+    if isinstance(threshold, tuple):
+        return _down(threshold[0]), _up(threshold[1])
+    return _up(threshold) if relation.startswith("<") else _down(threshold)
+
+
+def _up(value: float) -> float:
+    return value * QUICK if value > 0 else value / QUICK
+
+
+def _down(value: float) -> float:
+    return value / QUICK if value > 0 else value * QUICK

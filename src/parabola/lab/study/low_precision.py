@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything stored in bfloat16: does the inverse suffer more than the inverse root?
+
+Weights, gradients, the diagonal and the basis are rounded to bfloat16 at every step, to nearest or
+stochastically; the arithmetic between is float64.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from parabola.lab.study import figures
+from parabola.lab.study.experiment import (
+    Context,
+    Experiment,
+    Note,
+    Outcome,
+    Plot,
+    Row,
+    find,
+    powers_of_two,
+)
+from parabola.lab.study.family import Rule
+from parabola.lab.study.regression import draws, regression
+from parabola.lab.study.sweeps import sweep
+
+SIZE = 20
+STEPS = 400
+BATCH = 16
+NOISE = 0.01
+REPLICAS = 32
+RATES = powers_of_two(-10, 2, 2)
+RULES = (
+    Rule("gradient", 0.5, beta2=0.95),
+    Rule("gauss_newton", 0.5),
+    Rule("gauss_newton", 1.0),
+)
+METHODS = ("Adam", "GN^-1/2", "GN^-1")
+BASES = ("identity", "gauss_newton")
+PRECISIONS = ("float64", "bfloat16", "bfloat16 stochastic")
+
+
+def nearest(x: Tensor) -> Tensor:
+    """Rounded to the nearest bfloat16."""
+    return x.bfloat16().double()
+
+
+def stochastic(generator: torch.Generator) -> Callable[[Tensor], Tensor]:
+    """Rounding to one of the two neighbors in bfloat16, right on average.
+
+    Noise below the last kept bit is added to the float32 pattern before the rest is cut off.
+    """
+
+    def rounded(x: Tensor) -> Tensor:
+        bits = x.float().view(torch.int32)
+        noise = torch.randint(1 << 16, bits.shape, generator=generator, dtype=torch.int32)
+        return ((bits + noise) & ~0xFFFF).view(torch.float32).double()
+
+    return rounded
+
+
+def sweeps_of(work: tuple[Context, str, str]) -> list[Row]:
+    """All methods in one precision and basis."""
+    context, precision, basis = work
+    replicas = 4 if context.quick else REPLICAS
+    spectrum = torch.arange(1, SIZE + 1, dtype=torch.float64) ** -1.5
+    task = regression(spectrum, draws(context.seeds, replicas), normal_target=True)
+    rows = []
+    for rule in RULES:
+        generator = torch.Generator().manual_seed(0)
+        casts = {
+            "float64": lambda x: x,
+            "bfloat16": nearest,
+            "bfloat16 stochastic": stochastic(generator),
+        }
+        # Only what is stored from step to step gains from stochastic rounding: what is computed
+        # anew each time is rounded to nearest.
+        fresh = casts["float64" if precision == "float64" else "bfloat16"]
+        rows.append(
+            sweep(
+                task.problem(
+                    task.rotation if basis == "gauss_newton" else None, BATCH, NOISE, cast=fresh
+                ),
+                rule,
+                rates=context.grid(RATES),
+                steps=context.steps(STEPS),
+                schedule="cosine",
+                basis=basis,
+                batch=str(BATCH),
+                cast=casts[precision],
+                replicas=replicas,
+                precision=precision,
+            )
+        )
+    return rows

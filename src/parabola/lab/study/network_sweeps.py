@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the training of many networks to rows, and what experiments with networks share."""
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import torch
+
+from parabola.lab.study.experiment import Quadrants, Row, best_row
+from parabola.lab.study.network_runs import Curves, Method, Recipe, train
+
+NAMES = {"full": "gauss_newton", "empirical": "empirical"}
+
+
+def sweep(
+    recipe: Recipe,
+    method: Method,
+    rates: Sequence[float],
+    damping: float,
+    seeds: Sequence[int],
+) -> tuple[Row, Curves]:
+    """One row: all learning rates and seeds of a method at one damping.
+
+    Returns:
+        The row, whose settings name damping and estimator, and the runs themselves.
+    """
+    began = time.perf_counter()
+    curves = train(recipe, method, rates, [damping], seeds)
+    plain = method.source == "gradient"
+    loss = curves.loss[:, 0].nan_to_num(nan=torch.inf).median(-1).values  # (checks, rates)
+    settings = {} if plain else {"damping": damping}
+    if recipe.network.loss == "softmax" and not plain:
+        settings = {"estimator": method.source, **settings}
+    row = best_row(
+        "gradient" if plain else "gauss_newton",
+        method.power,
+        basis=NAMES.get(method.basis, method.basis),
+        batch=str(recipe.batch),
+        schedule="constant",
+        rates=rates,
+        values=curves.steps[0].tolist(),
+        curves=loss.T.tolist(),
+        every=recipe.check,
+        seconds=time.perf_counter() - began,
+        **settings,
+    )
+    return row, curves
+
+
+def tuned(rows: Iterable[Row]) -> list[Row]:
+    """The best damping of each method, basis, batch and estimator."""
+    best: dict[tuple[object, ...], Row] = {}
+    for row in rows:
+        key = (row.method, row.basis, row.batch, row.settings.get("estimator"))
+        if key not in best or row.metric < best[key].metric:
+            best[key] = row
+    return list(best.values())
+
+
+def picture(title: str, rows: Iterable[Row], large: str, small: str, basis: str) -> Quadrants:
+    """The two-by-two picture of tuned rows, with a large batch in the place of the full one."""
+    batches = {large: "full", small: "small"}
+    bases = {"identity": "identity", basis: "gauss_newton"}
+    cells: dict[tuple[str, str], dict[str, float]] = {}
+    for row in rows:
+        if row.batch in batches and row.basis in bases:
+            cell = cells.setdefault((batches[row.batch], bases[row.basis]), {})
+            cell[row.method] = row.metric
+    return Quadrants(title, cells)
+
+
+def without_averages(recipe: Recipe, fresh: bool) -> Recipe:
+    """The recipe, with the curvature computed anew at every refresh if `fresh`."""
+    return replace(recipe, curvature_decay=0.0) if fresh else recipe

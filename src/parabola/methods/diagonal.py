@@ -1,0 +1,501 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Diagonal preconditioners in a chosen basis: Adam, SOAP, Sophia, GN^-1, GN^-1/2 and their kin.
+
+Liu, Bansal, Morwani, Vyas, Alvarez-Melis and Kakade 2025 (arXiv:2510.13680) compare such methods by
+the basis and by the noise of the gradient. For one block with gradient g, an orthogonal basis U
+with columns u_i, and vectors h (the gradient itself, or curvature from outside), t = 1, 2, ...:
+
+    (1)  L <- beta2 L + (1 - beta2) H H^T       R <- beta2 R + (1 - beta2) H^T H     H: h as a matrix
+    (2)  U = Q_L (x) Q_R, their eigenvectors
+    (3)  D_i <- beta2 D_i + (1 - beta2) (u_i^T h)^2
+    (4)  m <- beta1 m + (1 - beta1) g
+    (5)  d = U clip( s(D) * U^T m ),    s(D) = 1/(sqrt(D) + eps)     the gradient's own, power 1/2
+                                        s(D) = (D + damping)^-power  else
+
+with bias corrections on m and D. m and D live in the basis; when it changes to U', m becomes
+U'^T U m and D_j becomes sum_i (u'_j . u_i)^2 D_i. In the full basis there is one factor, E[h h^T];
+in the identity basis there is none.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from math import prod
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from parabola import linalg
+from parabola.axes import index, multiply, name, unfold
+from parabola.grafting import decay
+from parabola.method import Block, Cost, Entry, Method, Options, Refreshed, State
+from parabola.optimizer import SecondOrder
+from parabola.options import FLAG, Check, one_of, optional, real
+
+LOST = 0.5
+"""Misfit of a basis from which an exact decomposition leads back sooner than tracking does."""
+
+FLOOR = 1e-4
+"""Least eigenvalue, relative to the mean, by which one factor weights the vectors of the other."""
+
+
+def _basis(x: Any) -> bool:
+    if isinstance(x, Tensor):
+        if x.dim() != 2 or x.shape[0] != x.shape[1] or not x.is_floating_point():
+            return False
+        eye = torch.eye(len(x), dtype=torch.float64, device=x.device)
+        return bool((x.double().mT @ x.double() - eye).abs().max() < 1e-3)
+    return isinstance(x, str) and x in ("identity", "kronecker", "full")
+
+
+class DiagonalMethod(Method):
+    """Equations (1) to (5) over stacks of blocks, and over elements in the identity basis."""
+
+    grafts: ClassVar[bool] = False
+    checks: ClassVar[Mapping[str, Check]] = {
+        "curvature": one_of("gradient", "gauss_newton", "hutchinson", "empirical"),
+        "power": real(0, 1),
+        "basis": (_basis, "'identity', 'kronecker', 'full', or an orthogonal matrix (columns)"),
+        "relative_damping": FLAG,
+        "clip": optional(real(0, open_low=True)),
+        "bias_correction": FLAG,
+        "average": one_of("mean", "rms"),
+        "spectrum": one_of("measured", "product"),
+        "factors": one_of("shampoo", "kl"),
+        "tracking": one_of("qr", "eigh"),
+        "tolerance": real(0, 1),
+        "rho": real(0, open_low=True),
+        "kernels": one_of("auto", "torch"),
+    }
+    structural: ClassVar[tuple[str, ...]] = (
+        *("curvature", "power", "basis", "relative_damping", "bias_correction"),
+        *("spectrum", "factors"),
+    )
+
+    def check(self, options: Options) -> None:
+        """Estimates of a diagonal cannot be rotated; only factors have a product spectrum."""
+        hutchinson, basis = options["curvature"] == "hutchinson", options["basis"]
+        if hutchinson and basis != "identity":
+            raise ValueError(
+                f"Invalid basis value: {basis!r} with curvature='hutchinson'; allowed for it: "
+                "'identity' (a diagonal that was estimated in one basis says nothing of another)"
+            )
+        for key, plain in (("spectrum", "measured"), ("factors", "shampoo")):
+            if options[key] != plain and basis != "kronecker":
+                raise ValueError(
+                    f"Invalid {key} value: {options[key]!r} with basis={basis!r}; allowed for it: "
+                    f"{plain!r}, or basis='kronecker'"
+                )
+        if options["average"] == "rms" and not hutchinson:
+            raise ValueError(
+                f"Invalid average value: 'rms' with curvature={options['curvature']!r}; allowed "
+                "for it: 'mean' (vectors are squared anyway), or curvature='hutchinson'"
+            )
+
+    def settings(self, options: Options) -> Options:
+        """The basis decides how parameters are cut; Adam's own form is the engine's graft."""
+        own: dict[str, Any] = {"graft": _graft(options)}
+        basis = options["basis"]
+        if isinstance(basis, Tensor):
+            own |= {"max_order": 1, "precondition_1d": True, "axes": "full", "parts": None}
+        elif basis == "full":
+            own |= {"max_order": 1, "precondition_1d": True}
+        elif basis == "identity":
+            own["axes"] = "skip"
+        return {**options, **own}
+
+    def treats_elements(self, options: Options) -> bool:
+        """In the identity basis, unless the graft does it."""
+        return not _adaptive(options)
+
+    def fed(self, options: Options) -> bool:
+        """All but the gradient's own statistic."""
+        return bool(options["curvature"] != "gradient")
+
+    def stand_in(self, grads: Sequence[Tensor], options: Options) -> Sequence[Tensor]:
+        """The gradient; its square where estimates of a diagonal are expected."""
+        return [g.square() for g in grads] if options["curvature"] == "hutchinson" else grads
+
+    def init(self, block: Block, options: Options) -> dict[str, Entry]:
+        """D, and for every rotated axis its factor and basis."""
+        entries = {}
+        if options["spectrum"] == "measured" or not block.shape:
+            entries["diagonal"] = Entry(block.shape)
+        if isinstance(options["basis"], Tensor):
+            if block.shape and block.shape[0] != len(options["basis"]):
+                raise ValueError(
+                    f"Invalid basis value: a matrix of {len(options['basis'])} rows for a "
+                    f"parameter of {block.shape[0]} elements; allowed: as many rows as elements"
+                )
+            return entries
+        for axis in block.axes if block.shape else ():
+            side = (block.shape[axis],) * 2
+            entries |= {name(axis): Entry(side), f"{name(axis)}_basis": Entry(side, "eye")}
+            if _needs_values(options):
+                entries[f"{name(axis)}_values"] = Entry(side[:1])
+        return entries
+
+    def numbers(self, block: Block, options: Options) -> tuple[str, ...]:
+        """The sum of the weights in all averages; in a run the mean of D where damping asks it."""
+        mean = not block.shape and options["relative_damping"]
+        return ("weight", "mean") if mean else ("weight",)
+
+    def accumulate(
+        self, state: State, vectors: Sequence[Tensor], block: Block, options: Options
+    ) -> None:
+        """Equation (1), the mean over the vectors."""
+        if isinstance(options["basis"], Tensor) or not block.shape:
+            return
+        old, new = decay(options["betas"][1])
+        for axis in block.axes:
+            for i, x in enumerate(vectors):
+                h = unfold(_whitened(state, x, axis, block, options), axis)
+                kept = 1.0 if i else old
+                state[name(axis)].baddbmm_(h, h.mT, beta=kept, alpha=new / len(vectors))
+
+    def factors(self, block: Block, options: Options) -> dict[str, float]:
+        """Every rotated axis on its own."""
+        if isinstance(options["basis"], Tensor) or not block.shape:
+            return {}
+        return {name(axis): float(block.shape[axis]) ** 3 for axis in block.axes}
+
+    def inputs(self, factor: str) -> tuple[str, ...]:
+        """The statistic and the basis that is to follow it."""
+        return (factor, f"{factor}_basis")
+
+    def refresh(self, state: State, factor: str, block: Block, options: Options) -> Refreshed:
+        """Equation (2): exactly at first, then by one orthogonal iteration from the last basis.
+
+        With a tolerance, rows whose basis still fits keep it, and lost ones are decomposed anew.
+        """
+        matrix, basis = state[factor], state[f"{factor}_basis"].clone()
+        exact = (basis.diagonal(dim1=1, dim2=2) == 1.0).all(dim=1)  # only the identity has that
+        if options["tracking"] == "eigh":
+            exact = torch.ones_like(exact)
+        fits = torch.zeros_like(exact)
+        if options["tolerance"] > 0:
+            misfit = linalg.misfit(matrix, basis)
+            fits = misfit <= options["tolerance"]
+            exact |= misfit > LOST
+            if bool(fits.all()):
+                return Refreshed({})
+        values, ok = torch.zeros_like(matrix[:, 0]), torch.ones_like(exact)
+        for rows, tracked in ((exact & ~fits, False), (~exact & ~fits, True)):
+            if bool(rows.any()):
+                part = matrix[rows]
+                found = linalg.track(part, basis[rows]) if tracked else linalg.eigenbasis(part)
+                basis[rows], values[rows], ok[rows] = found
+        new = {f"{factor}_basis": basis}
+        if _needs_values(options):
+            if bool(fits.any()):
+                product = torch.bmm(matrix[fits], basis[fits])
+                values[fits] = (basis[fits] * product).sum(1).clamp(min=0.0)
+            new[f"{factor}_values"] = values
+        return Refreshed(new, ok)
+
+    def transport(self, state: State, rows: Tensor | None, factor: str, new: State) -> State:
+        """m and D, seen from the new basis."""
+        key = f"{factor}_basis"
+        if key not in new:
+            return {}
+        axis, carried = index(factor), {}
+        chosen = None if rows is None else rows.to(state[key].device)
+        old = state[key] if chosen is None else state[key].index_select(0, chosen)
+        for moved in ("exp_avg", "diagonal"):
+            if moved not in state:
+                continue
+            x = state[moved] if chosen is None else state[moved].index_select(0, chosen)
+            if moved == "diagonal":
+                carried[moved] = linalg.transport(x, old, new[key], axis)
+                continue
+            turn = torch.bmm(old.mT, new[key])
+            carried[moved] = multiply(turn if axis == x.dim() - 2 else turn.mT, x, axis)
+        return carried
+
+    def project(self, state: State, x: Tensor, block: Block, options: Options) -> Tensor:
+        """U^T x."""
+        return _rotated(state, x, block, options, back=False)
+
+    def restore(self, state: State, x: Tensor, block: Block, options: Options) -> Tensor:
+        """U x."""
+        return _rotated(state, x, block, options, back=True)
+
+    def measure(
+        self, state: State, vectors: Sequence[Tensor], block: Block, options: Options
+    ) -> None:
+        """Equation (3); an estimate of the diagonal is taken as it is, or squared for a rms."""
+        if "diagonal" not in state:
+            return
+        old, new = decay(options["betas"][1])
+        estimates = options["curvature"] == "hutchinson" and options["average"] == "mean"
+        state["diagonal"].mul_(old)
+        for x in vectors:
+            other = torch.ones((), dtype=x.dtype, device=x.device) if estimates else x
+            state["diagonal"].addcmul_(x, other, value=new / len(vectors))
+
+    def tick(self, numbers: State, means: Callable[[str], Tensor], options: Options) -> None:
+        """The sum of the weights: 1 - beta2^n after n times."""
+        old, new = decay(options["betas"][1])
+        numbers["weight"].mul_(old).add_(new)
+        if "mean" in numbers:
+            numbers["mean"].copy_(means("diagonal"))
+
+    def apply(self, state: State, m: Tensor, block: Block, options: Options) -> Tensor:
+        """Equation (5) within the basis; zero where no curvature has come in yet."""
+        weight, d = state["weight"], _spectrum(state, block, options)
+        if options["bias_correction"] and options["betas"][1] < 1:
+            d.div_(weight)
+        if _adaptive(options):
+            return torch.div(m, d.sqrt_().add_(options["eps"]), out=d)
+        estimates = options["curvature"] == "hutchinson"
+        if estimates:
+            d = d.sqrt_() if options["average"] == "rms" else d.clamp_(min=0.0)
+        ridge = options["damping"]
+        if options["relative_damping"]:
+            ridge = ridge * _mean(state, d, block, options)
+        d.mul_(options["rho"]).add_(ridge)
+        scale = d.reciprocal_() if options["power"] == 1 else d.pow_(-options["power"])
+        scale.masked_fill_(weight == 0, 0.0).nan_to_num_(posinf=0.0)
+        scale.mul_(m)
+        return scale if options["clip"] is None else scale.clamp_(-options["clip"], options["clip"])
+
+    def cost(self, block: Block, options: Options) -> Cost:
+        """Three products an axis (statistic, there, back); QR, and what moves D and m."""
+        if not block.shape:
+            return Cost(0.0, 0.0)
+        sides = [block.shape[axis] for axis in block.axes]
+        refresh = sum(12.0 * d**3 + 4.0 * d * block.numel for d in sides)
+        return Cost(sum(6.0 * d * block.numel for d in sides), refresh)
+
+
+def _adaptive(options: Options) -> bool:
+    """Adam's form: the gradient's own second moments at power 1/2."""
+    return bool(options["curvature"] == "gradient" and options["power"] == 0.5)
+
+
+def _graft(options: Options) -> str | None:
+    """The name under which the engine knows this form in the identity basis."""
+    if not _adaptive(options):
+        return None
+    if options["betas"][1] == 1.0:
+        return "adagrad"
+    return "adam" if options["bias_correction"] else "rmsprop"
+
+
+def _needs_values(options: Options) -> bool:
+    return options["spectrum"] == "product" or options["factors"] == "kl"
+
+
+def _bases(state: State, block: Block, options: Options, n: int) -> dict[int, Tensor]:
+    """Axis -> its basis, ``(n, d, d)``."""
+    fixed = options["basis"]
+    if not block.shape:
+        return {}
+    if isinstance(fixed, Tensor):
+        like = next(iter(state.values()))
+        return {0: fixed.to(like.device, like.dtype).expand(n, *fixed.shape)}
+    return {axis: state[f"{name(axis)}_basis"] for axis in block.axes}
+
+
+def _rotated(state: State, x: Tensor, block: Block, options: Options, *, back: bool) -> Tensor:
+    for axis, basis in _bases(state, block, options, len(x)).items():
+        from_right = axis == x.dim() - 2
+        x = multiply(basis if from_right != back else basis.mT, x, axis)
+    return x
+
+
+def _whitened(state: State, x: Tensor, axis: int, block: Block, options: Options) -> Tensor:
+    """The vectors from which the factor of an axis is made.
+
+    By the Kullback-Leibler divergence (Lin et al. 2025, arXiv:2509.03378) the other axes weigh in
+    with their inverse: H R^-1 H^T / n for H H^T, up to a constant: the weights here are at most 1,
+    so that no square overflows that would not without them.
+    """
+    if options["factors"] == "shampoo":
+        return x
+    for other in block.axes:
+        if other == axis:
+            continue
+        basis, values = state[f"{name(other)}_basis"], state[f"{name(other)}_values"]
+        mean = values.mean(dim=1, keepdim=True)
+        relative = torch.where(mean > 0, values / mean, 1.0).clamp(min=FLOOR)
+        scale = (FLOOR / relative).sqrt().unsqueeze(1)
+        turn = basis * scale
+        x = multiply(turn if other == x.dim() - 2 else turn.mT, x, other)
+    return x
+
+
+def _spectrum(state: State, block: Block, options: Options) -> Tensor:
+    """D without its bias correction, a new tensor."""
+    if options["spectrum"] == "measured" or not block.shape:
+        return state["diagonal"].clone()
+    values = [state[f"{name(axis)}_values"] for axis in block.axes]
+    d, n = torch.ones((), dtype=values[0].dtype, device=values[0].device), len(values[0])
+    for axis, own in zip(block.axes, values, strict=True):
+        shape = [1] * len(block.shape)
+        shape[axis] = block.shape[axis]
+        d = d * own.view(n, *shape)
+    trace = values[0].sum(1).clamp(min=torch.finfo(d.dtype).tiny).view(n, *[1] * len(block.shape))
+    return (d / trace ** (len(values) - 1)).expand(n, *block.shape).clone()
+
+
+def _mean(state: State, d: Tensor, block: Block, options: Options) -> Tensor:
+    """The mean of D as `apply` uses it, over each block or parameter."""
+    if block.shape:
+        return d.flatten(1).mean(1).view(-1, *[1] * len(block.shape))
+    mean = state["mean"]
+    if options["bias_correction"] and options["betas"][1] < 1:
+        mean = mean / state["weight"]
+    return mean.sqrt() if options["average"] == "rms" else mean.clamp(min=0.0)
+
+
+class Diagonal(SecondOrder):
+    """A diagonal preconditioner in a chosen basis, of a chosen curvature, to a chosen power.
+
+    With its defaults this is AdamW. A curvature other than the gradient's own comes in through
+    ``with opt.curvature():`` whenever ``opt.wants_curvature``; where it was due and not given, the
+    gradient takes its place (the empirical Fisher of minibatch means), and a warning says so once.
+
+    Args:
+        params: Parameters, parameter groups, or ``model.named_parameters()``. Names enable the
+            rules that read them (embeddings, fused projections).
+        lr: Learning rate, a number or a one-element tensor. AdamW's holds for AdamW's form in the
+            identity basis only; other curvatures, powers and bases want their own.
+        betas: Decay of the first moment (0 switches it off) and of all second-order statistics
+            (1 sums without forgetting).
+        eps: Added to the root of D, for the gradient's own statistic at power 1/2.
+        curvature: ``"gradient"``; ``"gauss_newton"``: vectors of
+            ``parabola.curvature.sampled_loss``; ``"empirical"``: of ``empirical_loss``, or the
+            gradient; ``"hutchinson"``: estimates of a diagonal, ``parabola.curvature.hutchinson_``.
+        power: D enters with minus this power, from 0 (momentum SGD) to 1 (Newton).
+        basis: ``"identity"``; ``"kronecker"``: eigenvectors of a factor for every axis of a matrix;
+            ``"full"``: of one factor over all elements of a parameter, or of its blocks of
+            ``block_size``; or an orthogonal matrix, columns u_i, over the elements of every
+            parameter of the group. Vectors and scalars under ``"kronecker"`` are treated in the
+            identity basis.
+        damping: Added to D. Without effect on the gradient's own statistic at power 1/2.
+        relative_damping: ``damping`` counts in units of the mean of D over the block.
+        clip: Largest size of a coordinate of the direction, in the basis; None for no limit.
+        bias_correction: Divide m and D by the sum of their weights.
+        average: What of Hutchinson's estimates is averaged: ``"mean"``, where negative values count
+            as zero, or the root of mean squares, ``"rms"`` (AdaHessian, arXiv:2006.00719).
+        rho: Factor on D (Sophia).
+        spectrum: ``"measured"`` in the basis (EKFAC, SOAP), or the ``"product"`` of the factors'
+            eigenvalues over their trace (K-FAC; with the gradient: Shampoo).
+        factors: ``"shampoo"``: H H^T; ``"kl"``: H R^-1 H^T / n, the fit by Kullback-Leibler
+            divergence (arXiv:2509.03378).
+        tracking: ``"qr"``: an exact decomposition first, then one orthogonal iteration a refresh;
+            ``"eigh"``: exact every time.
+        tolerance: Blocks keep a basis whose misfit ``off(U^T L U) / |L|`` is at most this, and
+            decompose one anew that is beyond 1/2. 0 refreshes all.
+        update_every: Steps between two refreshes of the bases, and between two vectors of a
+            curvature that is not the gradient's own.
+        start_step: Steps at the start without a basis, while statistics gather.
+        weight_decay: Decoupled, as in AdamW; added to the gradient with ``decoupled=False``.
+        decoupled: Where the decay goes.
+        block_size: Axes longer than this are cut into equal pieces.
+        max_order: Trailing axes are merged until at most this many remain (2: matrices).
+        axes: What happens to an axis: ``"auto"`` (cut to blocks, skipped beyond ``skip_dim``),
+            ``"block"``, ``"full"`` or ``"skip"``, or one of these an axis, the last one repeating.
+        skip_dim: An axis longer than this is not rotated.
+        precondition_1d: Vectors too get a factor.
+        parts: Independent matrices along axis 0: ``"qkv"``, ``"experts"``, a count (heads), or
+            lengths. ``"auto"`` finds fused projections by name.
+        refresh: ``"inline"``, or ``"staggered"``: 1/``update_every`` of the cost at each step.
+        maximize: Maximize the objective.
+        nonfinite: ``"skip"`` the step of a group with a NaN or Inf gradient, ``"raise"``, or
+            ``"ignore"`` where somebody else looks already. A curvature vector that is not finite is
+            dropped and counted, except under ``"ignore"``.
+        kernels: ``"auto"``: the fused form of the step in the identity basis, where there is one;
+            ``"torch"``: plain PyTorch, the same numbers up to rounding.
+        distributed: None; the optimizer works on what this process holds.
+
+    Raises:
+        ValueError: a keyword has a wrong value; the message says what is allowed.
+
+    Example:
+        >>> opt = Diagonal(model.parameters(), lr=0.1, curvature="gauss_newton", power=1.0,
+        ...                damping=0.1, relative_damping=True, clip=1.0)
+        >>> for x, y in batches:
+        ...     if opt.wants_curvature:
+        ...         with opt.curvature():
+        ...             parabola.curvature.sampled_loss(model(x), "cross_entropy").backward()
+        ...     opt.zero_grad()
+        ...     cross_entropy(model(x), y).backward()
+        ...     opt.step()
+    """
+
+    method = DiagonalMethod()
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        *,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        curvature: str = "gradient",
+        power: float = 0.5,
+        basis: str | Tensor = "identity",
+        damping: float = 1e-8,
+        relative_damping: bool = False,
+        clip: float | None = None,
+        bias_correction: bool = True,
+        average: str = "mean",
+        rho: float = 1.0,
+        spectrum: str = "measured",
+        factors: str = "shampoo",
+        tracking: str = "qr",
+        tolerance: float = 0.0,
+        update_every: int = 10,
+        start_step: int = 0,
+        weight_decay: float = 0.0,
+        decoupled: bool = True,
+        block_size: int = 1024,
+        max_order: int = 2,
+        axes: str | tuple[str, ...] = "auto",
+        skip_dim: int = 8192,
+        precondition_1d: bool = False,
+        parts: str | int | tuple[int, ...] | None = "auto",
+        refresh: str = "inline",
+        maximize: bool = False,
+        nonfinite: str = "skip",
+        kernels: str = "auto",
+        distributed: None = None,
+    ) -> None:
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "betas": betas,
+                "eps": eps,
+                "curvature": curvature,
+                "power": power,
+                "basis": basis,
+                "damping": damping,
+                "relative_damping": relative_damping,
+                "clip": clip,
+                "bias_correction": bias_correction,
+                "average": average,
+                "rho": rho,
+                "spectrum": spectrum,
+                "factors": factors,
+                "tracking": tracking,
+                "tolerance": tolerance,
+                "update_every": update_every,
+                "start_step": start_step,
+                "weight_decay": weight_decay,
+                "decoupled": decoupled,
+                "block_size": block_size,
+                "max_order": max_order,
+                "axes": axes,
+                "skip_dim": skip_dim,
+                "precondition_1d": precondition_1d,
+                "parts": parts,
+                "refresh": refresh,
+                "maximize": maximize,
+                "nonfinite": nonfinite,
+                "kernels": kernels,
+                "distributed": distributed,
+            },
+        )
