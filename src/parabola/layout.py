@@ -153,12 +153,10 @@ class Layout:
                     for key, view in zip(member.keys(entry), views, strict=True):
                         self._claim(state[member.param], key, view, name)
             for entry, tensor in bucket.numbers.items():
-                views = tensor.unbind(0)
+                numbers = tensor.unbind(0)
                 for i, member in enumerate(bucket.members):
-                    own = (
-                        views[member.start : member.end] if bucket.block.shape else views[i : i + 1]
-                    )
-                    for key, view in zip(member.keys(entry), own, strict=True):
+                    rows = (member.start, member.end) if bucket.block.shape else (i, i + 1)
+                    for key, view in zip(member.keys(entry), numbers[slice(*rows)], strict=True):
                         self._claim(state[member.param], key, view, self.names[member.slot])
         blocks_of = Counter[int]()
         for bucket in self.buckets:

@@ -129,7 +129,7 @@ class Method:
 
     def stand_in(self, grads: Sequence[Tensor], options: Options) -> Sequence[Tensor]:
         """What takes the place of a vector that was due and not given: the gradient itself."""
-        return grads
+        return list(grads)
 
     def init(self, block: Block, options: Options) -> dict[str, Entry]:
         """State tensors of one block, by name (no dots)."""
@@ -259,7 +259,7 @@ class Products(NamedTuple):
     """What a `SpanMethod` sees of its parameters: q = rank + k + 1 vectors each, by their products.
 
     Attributes:
-        grams: ``(parameters, q, q)`` float64, Y^T Y with Y = [factor, h_1 .. h_k, m], where m is the
+        grams: ``(parameters, q, q)`` float64, Y^T Y with Y = [factor, h_1 .. h_k, m], m the
             bias-corrected first moment.
         numbers: Name -> ``(parameters,)``.
         sizes: Elements of each parameter, ``(parameters,)`` int64.

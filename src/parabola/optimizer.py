@@ -33,6 +33,7 @@ from parabola import chains, faults, grafting, spans
 from parabola.blocks import Bucket
 from parabola.curvature.feed import Feed, captured
 from parabola.distributed import Exchange, Local
+from parabola.kernels import Elements
 from parabola.layout import Layout, entries, options_of, routes_of
 from parabola.linalg import full_precision
 from parabola.method import ChainMethod, Method, Options, SpanMethod
@@ -139,8 +140,7 @@ class SecondOrder(Optimizer):
                 g = method.project(bucket.state, g, block, options)
                 if vectors:
                     given = [method.project(bucket.state, h, block, options) for h in given]
-                    method.measure(bucket.state, given or [g], block, options)
-                    method.tick(bucket.numbers, bucket.means, options)
+                    self._measure(bucket, given or [g], options)
         early = method.filter_direction
         grafting.accumulate(bucket, g, options)
         m = grafting.filtered(bucket, g, options)
@@ -169,13 +169,29 @@ class SecondOrder(Optimizer):
         self, run: Bucket, grads: Sequence[Tensor], vectors: Vectors, options: Options
     ) -> None:
         """One step of a run whose elements are treated one by one, in stretches of a cache."""
-        taken = 0
-        for piece in run.pieces:
+        kernel, taken = None, 0
+        if run.params[0].is_contiguous():
+            kernel = self.method.kernel(run.device, run.params[0].dtype, options)
+        for piece in run.pieces if vectors or kernel is None else ():
             piece.t, end = run.t, taken + len(piece.members)
             own = grads[taken:end]
             cut = [own if vector is grads else vector[taken:end] for vector in vectors]
-            self._advance(piece, own, cut, options)
+            if kernel is None:
+                self._advance(piece, own, cut, options)
+            else:
+                self._measure(piece, [piece.stack(vector) for vector in cut], options)
             taken = end
+        if kernel is not None:
+            assert isinstance(run.t, int)
+            if "elements" not in run.memo:
+                state = {name: run.vectors(name) for name in run.state}
+                run.memo["elements"] = Elements(run.params, state, run.numbers)
+            kernel.step(run.memo["elements"], grads, run.t, options)
+
+    def _measure(self, bucket: Bucket, vectors: Sequence[Tensor], options: Options) -> None:
+        """Take projected vectors into what is measured in the basis."""
+        self.method.measure(bucket.state, vectors, bucket.block, options)
+        self.method.tick(bucket.numbers, bucket.means, options)
 
     @contextmanager
     def curvature(self, *, scaler: GradScaler | None = None) -> Iterator[None]:

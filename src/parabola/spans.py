@@ -13,7 +13,6 @@ of which the first and the last walk over the elements in zones that stay in a c
 """
 
 from collections.abc import Iterator, Sequence
-from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -23,10 +22,8 @@ from parabola import grafting
 from parabola.blocks import Bucket
 from parabola.distributed import Exchange
 from parabola.linalg import full_precision
-from parabola.method import FACTOR, Options, Products, SpanMethod
-
-ZONE = {"cpu": 1 << 18, "other": 1 << 22}
-"""Elements of all columns that are worked on together."""
+from parabola.method import Options, Products, SpanMethod, State
+from parabola.zones import Run, Zone, zones
 
 PANEL = 1 << 10
 """Products of float32 that are summed in float32; the sums of panels are added in float64."""
@@ -43,51 +40,35 @@ class Span(NamedTuple):
     vectors: Sequence[Sequence[Tensor]]
 
 
-class _Run(NamedTuple):
-    """Members of equal size, or a part of one, within a zone."""
-
-    start: int
-    end: int
-    first: int
-    count: int
-
-
-class _Zone(NamedTuple):
-    """A stretch of a piece."""
-
-    start: int
-    end: int
-    runs: tuple[_Run, ...]
-
-
 class _Plan(NamedTuple):
-    """What phase 3 does to the members of a piece, one row each; see `parabola.method.Combined`.
+    """What phase 3 does to the members of a piece; see `parabola.method.Combined`.
 
-    ``rows`` are the coefficients of what is made of the columns, ``(members, rank + 1, q)``: of the
-    new factor, where it changes, and of the direction.
+    Attributes:
+        rows: Coefficients of what is made of the columns: of the new factor, where it changes, and
+            of the direction, ``(members, rank + 1, q)``.
+        updates: Whether the factor changes.
+        scale: ``(members,)`` float64.
+        limit: ``(members,)`` or None.
+        sound: ``(members,)`` bool; None where all are.
     """
 
     rows: Tensor
     updates: bool
     scale: Tensor
     limit: Tensor | None
-    sound: Tensor
+    sound: Tensor | None
 
 
 def step(method: SpanMethod, exchange: Exchange, work: Sequence[Span], options: Options) -> None:
     """One whole step of all parameters of a group that have a gradient."""
     pieces = [piece for span in work for piece in _pieces(span)]
+    home = work[0].bucket.device  # where the small matrices of all devices are worked on
     with full_precision():
-        grams = torch.cat([_observe(exchange, piece, options).to(_home(work)) for piece in pieces])
-        plans = _combine(method, work, [piece.bucket for piece in pieces], grams, options)
+        grams = torch.cat([_observe(exchange, piece, options).to(home) for piece in pieces])
+        plans = _combine(method, [piece.bucket for piece in pieces], grams, work, options)
         for piece, plan in zip(pieces, plans, strict=True):
             d = _direction(exchange, piece, plan, options)
             exchange.deliver(piece.bucket, grafting.momentum(piece.bucket, d, options), options)
-
-
-def _home(work: Sequence[Span]) -> torch.device:
-    """Where the small matrices of a group are worked on."""
-    return work[0].bucket.device
 
 
 def _pieces(span: Span) -> Iterator[Span]:
@@ -104,142 +85,167 @@ def _observe(exchange: Exchange, span: Span, options: Options) -> Tensor:
     piece = span.bucket
     g = exchange.collect(piece, span.grads, options)
     vectors = [_flat(piece, vector) for vector in span.vectors]
-    q = options["rank"] + len(vectors) + 1
+    beta1, (old, new) = options["betas"][0], grafting.decay(grafting.second_decay(options))
+    rank, q = options["rank"], options["rank"] + len(vectors) + 1
     grams = torch.zeros(len(piece.members), q, q, dtype=torch.float64, device=piece.device)
     scratch = _scratch(piece, len(vectors) + 1)
-    beta1, (old, new) = options["betas"][0], grafting.decay(grafting.second_decay(options))
-    for zone in _zones(piece):
-        x, state = g[zone.start : zone.end], _slices(piece, zone)
+    narrow = piece.dtype == torch.float32 and piece.device.type == "cpu"
+    for zone in zones(piece):
+        x, state = g[zone.start : zone.end], _elementwise(piece, zone)
         if "exp_avg" in state:
             state["exp_avg"].lerp_(x, 1.0 - beta1)
         if "exp_avg_sq" in state:
             state["exp_avg_sq"].mul_(old).addcmul_(x, x, value=new)
         given = _given(scratch, zone, vectors, state.get("exp_avg", x))
         for run in zone.runs:
-            own = slice(run.first, run.first + run.count)
-            grams[own] += _gram(*_columns(piece, given, zone, run))
+            _add_products(grams[run.members], run.factor, _rest(given, zone, run), narrow)
+    if narrow:
+        lengths = grams.diagonal(dim1=1, dim2=2)
+        suspect = ~((lengths > PLAIN[0]) & (lengths < PLAIN[1])).all(1)
+        _repeat(piece, grams, suspect.tolist(), vectors, piece.state.get("exp_avg", g), scratch)
+    grams[:, :rank, rank:] = grams[:, rank:, :rank].mT
     scale = 1.0 / _correction(piece, beta1)
     grams[:, -1].mul_(scale)
     grams[:, :, -1].mul_(scale)
     return grams
 
 
+def _repeat(
+    piece: Bucket,
+    grams: Tensor,
+    suspect: Sequence[bool],
+    vectors: Sequence[Tensor],
+    m: Tensor,
+    scratch: Tensor,
+) -> None:
+    """Products in float64 of members for which float32 may not be enough."""
+    again = [(zone, run) for zone in zones(piece) for run in zone.runs if any(suspect[run.members])]
+    for _, run in again:
+        grams[run.members] = 0.0
+    for zone, run in again:
+        given = _given(scratch, zone, vectors, m[zone.start : zone.end])
+        _add_products(grams[run.members], run.factor, _rest(given, zone, run), narrow=False)
+
+
 def _combine(
     method: SpanMethod,
-    work: Sequence[Span],
     pieces: Sequence[Bucket],
     grams: Tensor,
+    work: Sequence[Span],
     options: Options,
-) -> list[_Plan]:
-    """Phase 2."""
-    buckets = [span.bucket for span in work]
-    home = _home(work)
+) -> Iterator[_Plan]:
+    """Phase 2, a plan for every piece."""
+    sizes = torch.cat([span.bucket.sizes.to(grams.device) for span in work])
     numbers = {
-        name: torch.cat([bucket.numbers[name].to(home) for bucket in buckets])
-        for name in buckets[0].numbers
+        name: torch.cat([span.bucket.numbers[name].to(grams.device) for span in work])
+        for name in work[0].bucket.numbers
     }
-    sizes = torch.cat([bucket.sizes.to(home) for bucket in buckets])
-    owner, blocks = _owners(buckets, options)
-    products = Products(grams, numbers, sizes, owner.to(home), blocks, len(work[0].vectors))
+    owner, blocks = _owners([span.bucket for span in work], options)
+    products = Products(grams, numbers, sizes, owner.to(grams.device), blocks, len(work[0].vectors))
     found = method.combine(products, options)
-    taken, plans = 0, []
-    for bucket in pieces:
-        own = slice(taken, taken + len(bucket.members))
+    updates = found.update is not None
+    rows = found.direction.unsqueeze(1)
+    if found.update is not None:
+        rows = torch.cat([torch.nn.functional.pad(found.update.mT, (0, 1)), rows], 1)
+    # To ask an accelerator would stall it.
+    all_sound = grams.device.type == "cpu" and bool(found.sound.all())
+    taken = 0
+    for piece in pieces:
+        own = slice(taken, taken + len(piece.members))
         taken = own.stop
         for name, values in found.numbers.items():
-            bucket.numbers[name].copy_(values[own])
-        direction = found.direction[own].clone()
-        direction[:, -1] /= _correction(bucket, options["betas"][0])
-        like = {"dtype": bucket.dtype, "device": bucket.device}
-        tiny = torch.finfo(bucket.dtype).tiny
-        limit = None if found.limit is None else found.limit[own].clamp(min=tiny).to(**like)
-        rows = direction.unsqueeze(1)
-        if found.update is not None:
-            update = torch.nn.functional.pad(found.update[own].mT, (0, 1))
-            rows = torch.cat([update, rows], 1)
-        scale, sound = found.scale[own].to(bucket.device), found.sound[own].to(bucket.device)
-        updates = found.update is not None
-        plans.append(_Plan(rows.to(**like).contiguous(), updates, scale, limit, sound))
-    return plans
+            piece.numbers[name].copy_(values[own])
+        like = {"dtype": piece.dtype, "device": piece.device}
+        mine = rows[own].clone()
+        mine[:, -1, -1] /= _correction(piece, options["betas"][0])
+        limit = None
+        if found.limit is not None:
+            limit = found.limit[own].clamp(min=torch.finfo(piece.dtype).tiny).to(**like)
+        sound = None if all_sound else found.sound[own].to(piece.device)
+        scale = found.scale[own].to(piece.device)
+        yield _Plan(mine.to(**like), updates, scale, limit, sound)
 
 
 def _direction(exchange: Exchange, span: Span, plan: _Plan, options: Options) -> Tensor:
     """Phase 3: the new factor, and the direction ``(n,)`` of a piece."""
     piece = span.bucket
     vectors = [_flat(piece, vector) for vector in span.vectors]
-    filtered = "exp_avg" in piece.state
-    g = None if filtered else exchange.collect(piece, span.grads, options)
-    if g is not None:
-        d = g
-    elif piece.window is not None:
-        d = piece.window[0]
-    else:
-        d = torch.empty(piece.n, dtype=piece.dtype, device=piece.device)
-    assert isinstance(piece.t, int)
+    m = piece.state.get("exp_avg")
+    d = None if piece.window is None else piece.window[0]
+    if m is None:
+        m = d = exchange.collect(
+            piece, span.grads, options
+        )  # each zone is read before it is written
+    elif d is None:
+        d = torch.empty_like(m)
+    assert isinstance(piece.t, int) and isinstance(d, Tensor)
     starting = piece.t <= options["start_step"]
     grafted = options["graft"] is not None
-    unsound = _any_unsound(plan)
-    own_length = grafted or starting or unsound
-    rank = options["rank"]
     scratch, space = _scratch(piece, len(vectors) + 1), _scratch(piece, plan.rows.shape[1])
     squares = torch.zeros(2, len(piece.members), dtype=torch.float64, device=piece.device)
-    for zone in _zones(piece):
-        state = _slices(piece, zone)
-        m = state["exp_avg"] if g is None else g[zone.start : zone.end]
-        a = _graft(piece, state, m, options) if own_length else m
-        given = _given(scratch, zone, vectors, m)
+    for zone in zones(piece):
+        here, own = d[zone.start : zone.end], m[zone.start : zone.end]
+        given = _given(scratch, zone, vectors, own)
+        a = own
+        if starting or grafted or plan.sound is not None:
+            a = _graft(piece, zone, own, options)
+        if plan.updates or not starting:
+            for run in zone.runs:
+                made = _combinations(plan, run, _rest(given, zone, run), space)
+                if plan.updates:
+                    run.factor.copy_(made[:, :-1])
+                d[run.start : run.end].view(len(made), -1).copy_(made[:, -1])
         if starting:
-            d[zone.start : zone.end] = a
-        if starting and not plan.updates:
+            here.copy_(a)
             continue
-        for run in zone.runs:
-            here = slice(run.first, run.first + run.count)
-            factor, rest = _columns(piece, given, zone, run)
-            size = (run.end - run.start) // run.count
-            made = space[:, : run.end - run.start].view(-1, run.count, size).transpose(0, 1)
-            torch.bmm(plan.rows[here, :, :rank], factor, out=made)
-            torch.baddbmm(made, plan.rows[here, :, rank:], rest, out=made)
-            if plan.updates:
-                factor.copy_(made[:, :-1])
-            if starting:
-                continue
-            u = made[:, -1]
-            if plan.limit is not None:
-                limit = plan.limit[here].unsqueeze(1)
-                torch.clamp(u, -limit, limit, out=u)
-            near = a[run.start - zone.start : run.end - zone.start].view(run.count, -1)
-            if unsound:
-                u = torch.where(plan.sound[here].unsqueeze(1), u, near)
-            if grafted:
-                squares[0, here] += grafting.norms(near).double().square()
-                squares[1, here] += grafting.norms(u).double().square()
-            d[run.start : run.end].view(run.count, -1).copy_(u)
+        if plan.sound is not None:
+            torch.where(plan.sound[zone.members].repeat_interleave(zone.sizes), here, a, out=here)
+        if grafted:
+            squares[0, zone.members] += _squares(zone, a)
+            squares[1, zone.members] += _squares(zone, here)
     if starting:
         return d
     if grafted:
         factor = torch.where(squares[1] > 0, (squares[0] / squares[1]).sqrt(), 0.0)
         return d.mul_(piece.spread(factor.to(d.dtype)))
-    root = piece.spread(torch.where(plan.sound, plan.scale, 1.0).sqrt().to(d.dtype))
-    return d.mul_(root).mul_(root)  # twice the root: the damping itself may be out of range
+    scale = plan.scale if plan.sound is None else torch.where(plan.sound, plan.scale, 1.0)
+    root = piece.spread(scale.sqrt().to(d.dtype))
+    return d.mul_(root).mul_(root)  # the scale itself may be out of the dtype's range
 
 
-def _any_unsound(plan: _Plan) -> bool:
-    """False where no parameter takes the graft's step; True where to ask would stall."""
-    return plan.sound.device.type != "cpu" or not bool(plan.sound.all())
+def _combinations(plan: _Plan, run: Run, rest: Tensor, space: Tensor) -> Tensor:
+    """Columns of the new factor, if it changes, and the direction, a row each, clipped."""
+    rows = plan.rows[run.members]
+    count, made, rank = len(rows), rows.shape[1], run.factor.shape[1]
+    out = space.view(-1)[: made * (run.end - run.start)].view(count, made, -1)
+    torch.bmm(rows[..., :rank], run.factor, out=out)
+    out.baddbmm_(rows[..., rank:], rest)
+    if plan.limit is not None:
+        limit = plan.limit[run.members].unsqueeze(1)
+        out[:, -1].clamp_(-limit, limit)
+    return out
 
 
-def _graft(piece: Bucket, state: dict[str, Tensor], m: Tensor, options: Options) -> Tensor:
-    """The graft's own direction, ``(n,)``, new."""
+def _graft(piece: Bucket, zone: Zone, m: Tensor, options: Options) -> Tensor:
+    """The graft's own direction of a zone, ``(n,)``, new."""
     correction = _correction(piece, grafting.second_decay(options))
-    a, scale = grafting.unscaled(state, m, correction, options)
+    a, scale = grafting.unscaled(_elementwise(piece, zone), m, correction, options)
     return a.mul_(scale / _correction(piece, options["betas"][0]))
 
 
 def _correction(piece: Bucket, beta: float) -> float:
     """``1 - beta^t``; 1 for sums."""
     found = grafting.correction(piece, beta)
-    assert isinstance(found, float)
+    assert isinstance(found, float)  # `Layout.active` cuts runs where step counts differ
     return found
+
+
+def _squares(zone: Zone, x: Tensor) -> Tensor:
+    """Squared lengths of the members of a zone, float64."""
+    if len(zone.runs) == 1:
+        return grafting.norms(x.view(len(zone.sizes), -1)).double().square_()
+    sums: Tensor = torch.segment_reduce(x.double().square(), "sum", lengths=zone.sizes)
+    return sums
 
 
 def _flat(piece: Bucket, tensors: Sequence[Tensor]) -> Tensor:
@@ -249,7 +255,7 @@ def _flat(piece: Bucket, tensors: Sequence[Tensor]) -> Tensor:
     return piece.stack(tensors)
 
 
-def _slices(piece: Bucket, zone: _Zone) -> dict[str, Tensor]:
+def _elementwise(piece: Bucket, zone: Zone) -> State:
     """The elementwise state of a zone: views."""
     return {
         key: value[zone.start : zone.end] for key, value in piece.state.items() if value.dim() == 1
@@ -258,11 +264,11 @@ def _slices(piece: Bucket, zone: _Zone) -> dict[str, Tensor]:
 
 def _scratch(piece: Bucket, rows: int) -> Tensor:
     """Memory for some rows of a zone, ``(rows, n)``."""
-    n = max(zone.end - zone.start for zone in _zones(piece))
+    n = max(zone.end - zone.start for zone in zones(piece))
     return torch.empty(rows, n, dtype=piece.dtype, device=piece.device)
 
 
-def _given(scratch: Tensor, zone: _Zone, vectors: Sequence[Tensor], m: Tensor) -> Tensor:
+def _given(scratch: Tensor, zone: Zone, vectors: Sequence[Tensor], m: Tensor) -> Tensor:
     """The columns h_1 .. h_k and m of a zone, one a row: ``(k + 1, n)``."""
     rows = scratch[:, : zone.end - zone.start]
     for row, vector in zip(rows, vectors, strict=False):
@@ -271,72 +277,38 @@ def _given(scratch: Tensor, zone: _Zone, vectors: Sequence[Tensor], m: Tensor) -
     return rows
 
 
-def _columns(piece: Bucket, given: Tensor, zone: _Zone, run: _Run) -> tuple[Tensor, Tensor]:
-    """W and the other columns of some members, ``(members, .., elements of each)``: views."""
-    factor = piece.state[FACTOR].mT[:, run.start : run.end]
-    rest = given[:, run.start - zone.start : run.end - zone.start]
-    return tuple(x.unflatten(1, (run.count, -1)).transpose(0, 1) for x in (factor, rest))
+def _rest(given: Tensor, zone: Zone, run: Run) -> Tensor:
+    """The columns of `_given` of some members, ``(members, k + 1, elements of each)``: a view."""
+    own = given[:, run.start - zone.start : run.end - zone.start]
+    return own.unflatten(1, (len(run.factor), -1)).transpose(0, 1)
 
 
-def _gram(factor: Tensor, rest: Tensor) -> Tensor:
-    """Inner products of all rows of ``(members, .., size)``: ``(members, q, q)`` float64."""
-    if factor.dtype == torch.float32 and factor.device.type == "cpu":
-        corner, side, square = (
-            _products(*pair) for pair in ((factor, factor), (factor, rest), (rest, rest))
-        )
-        total = torch.cat([torch.cat([corner, side], 2), torch.cat([side.mT, square], 2)], 1)
-        least, most = total.diagonal(dim1=1, dim2=2).aminmax()
-        if PLAIN[0] < float(least) and float(most) < PLAIN[1]:
-            return total
-    y = torch.cat([factor, rest], 1).double()
-    return torch.bmm(y, y.mT)
+def _add_products(grams: Tensor, factor: Tensor, rest: Tensor, narrow: bool) -> None:
+    """Add the inner products of the rows of both, ``(members, .., size)``: lower triangle."""
+    rank = factor.shape[1]
+    if not narrow:
+        factor, rest = factor.double(), rest.double()
+    for (left, rows), (right, columns) in (
+        ((factor, slice(rank)), (factor, slice(rank))),
+        ((rest, slice(rank, None)), (factor, slice(rank))),
+        ((rest, slice(rank, None)), (rest, slice(rank, None))),
+    ):
+        grams[:, rows, columns] += _panels(left, right) if narrow else torch.bmm(left, right.mT)
 
 
-def _products(x: Tensor, y: Tensor) -> Tensor:
-    """Inner products of rows ``(members, .., size)`` of float32, panel by panel, in float64."""
+def _panels(x: Tensor, y: Tensor) -> Tensor:
+    """Inner products of rows ``(members, .., size)`` of float32, panel by panel."""
     size = x.shape[2]
+    if size < 2 * PANEL:
+        return torch.bmm(x, y.mT)
     whole = size - size % PANEL
-    parts = (t[..., :whole].unflatten(2, (-1, PANEL)).transpose(1, 2).flatten(0, 1) for t in (x, y))
-    left, right = parts
+    left, right = (
+        t[..., :whole].unflatten(2, (-1, PANEL)).transpose(1, 2).flatten(0, 1) for t in (x, y)
+    )
     total = torch.bmm(left, right.mT).unflatten(0, (len(x), -1)).sum(1, dtype=torch.float64)
     if whole < size:
         total += torch.bmm(x[..., whole:], y[..., whole:].mT)
     return total
-
-
-def _zones(piece: Bucket) -> Sequence[_Zone]:
-    """A piece cut between its members, and within those that are too large for one zone."""
-    if "zones" not in piece.memo:
-        limit = ZONE.get(piece.device.type, ZONE["other"])
-        piece.memo["zones"] = list(_cut(piece.splits, limit))
-    zones: list[_Zone] = piece.memo["zones"]
-    return zones
-
-
-def _cut(sizes: Sequence[int], limit: int) -> Iterator[_Zone]:
-    """Zones of at most ``limit`` elements."""
-    runs: list[_Run] = []
-    position = first = 0
-    for size, equal in groupby(sizes):
-        count = len(list(equal))
-        while count:
-            held = position - runs[0].start if runs else 0
-            some = min(count, (limit - held) // size)
-            if some:
-                end = position + some * size
-                runs.append(_Run(position, end, first, some))
-                position, first, count = end, first + some, count - some
-                continue
-            if runs:
-                yield _Zone(runs[0].start, position, tuple(runs))
-                runs = []
-            else:
-                for start in range(position, position + size, limit):
-                    end = min(start + limit, position + size)
-                    yield _Zone(start, end, (_Run(start, end, first, 1),))
-                position, first, count = position + size, first + 1, count - 1
-    if runs:
-        yield _Zone(runs[0].start, position, tuple(runs))
 
 
 def _owners(buckets: Sequence[Bucket], options: Options) -> tuple[Tensor, int]:

@@ -40,10 +40,28 @@ class Chains:
     cache: dict[str, Any] = field(default_factory=dict)
 
 
-ChainStep = Callable[[Chains, Sequence[Tensor], int, Mapping[str, Any]], None]
-"""``step(chains, grads, t, options)``: one whole step of all parameters.
+@dataclass(frozen=True)
+class Elements:
+    """The tensors of parameters whose elements are treated one by one; see `Chains`.
 
-``t`` is the step count after this step, the same for all; ``options`` is their parameter group.
+    Attributes:
+        params: Contiguous parameters; their memory may be another at every step.
+        state: Name -> one tensor a parameter.
+        numbers: Name -> ``(parameters,)``.
+        cache: For the kernel's own use.
+    """
+
+    params: list[Tensor]
+    state: dict[str, list[Tensor]]
+    numbers: dict[str, Tensor]
+    cache: dict[str, Any] = field(default_factory=dict)
+
+
+Step = Callable[[Any, Sequence[Tensor], int, Mapping[str, Any]], None]
+"""``step(tensors, grads, t, options)``: one whole step of all parameters.
+
+``tensors`` are `Chains` or `Elements`; ``t`` is the step count after this step, the same for all;
+``options`` is their parameter group.
 """
 
 
@@ -51,7 +69,7 @@ class Kernel(NamedTuple):
     """A fused step and what it is called in ``opt.plan()``."""
 
     name: str
-    step: ChainStep
+    step: Step
 
 
 def sonew(
@@ -72,6 +90,19 @@ def sonew(
     if name == "triton" and band not in module.BANDS:
         return None
     return Kernel(name, module.step)
+
+
+def diagonal(device: torch.device, dtype: torch.dtype) -> Kernel | None:
+    """The fused step of a diagonal preconditioner with given curvature, or None.
+
+    Args:
+        device: Of parameters and state.
+        dtype: Of parameters.
+    """
+    module = _module("parabola.kernels.diagonal_numba") if device.type == "cpu" else None
+    if module is None or not module.supports(dtype):
+        return None
+    return Kernel("numba", module.step)
 
 
 @cache

@@ -16,10 +16,8 @@ the number of threads.
 
 import itertools
 import math
-import os
 from collections import deque
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,15 +27,7 @@ from torch import Tensor
 from parabola.kernels import Chains
 from parabola.kernels import sonew_loops as loops
 from parabola.kernels.sonew_loops import DIRECTION, RANGE, STATISTICS, UPDATE
-
-THREADED = 1 << 20
-"""Elements from which threads are worth their start."""
-
-_LIKE: dict[torch.dtype, Any] = {
-    torch.float32: np.empty(0, np.float32),
-    torch.float64: np.empty(0, np.float64),
-    torch.bfloat16: np.empty(0, np.uint16),
-}
+from parabola.kernels.threads import LIKE, THREADED, plain, pool
 
 
 def supports(param_dtype: torch.dtype, state_dtype: torch.dtype) -> bool:
@@ -79,7 +69,7 @@ def _constants(t: int, options: Mapping[str, Any], dtype: torch.dtype) -> Any:
         loops.ZERO: 0.0,
         loops.ONE: 1.0,
     }
-    return np.array([values[i] for i in range(len(values))], _LIKE[dtype].dtype)
+    return np.array([values[i] for i in range(len(values))], LIKE[dtype].dtype)
 
 
 class _Plan(NamedTuple):
@@ -125,17 +115,6 @@ def _plan(numels: Sequence[int], lengths: Sequence[int], workers: int) -> _Plan:
     return _Plan(sizes, np.zeros((offsets[-1], 3)), arrays, shared)
 
 
-_pools: dict[tuple[int, int], ThreadPoolExecutor] = {}
-
-
-def _pool(threads: int) -> ThreadPoolExecutor:
-    """Threads of this process; after a fork the child has none and gets its own."""
-    key = os.getpid(), threads
-    if key not in _pools:
-        _pools[key] = ThreadPoolExecutor(threads, thread_name_prefix="parabola")
-    return _pools[key]
-
-
 def _memory(cache: dict[str, Any], name: str, elements: int, dtype: torch.dtype) -> Any:
     """Address of memory that stays from step to step, and grows."""
     found = cache.get(name)
@@ -145,7 +124,7 @@ def _memory(cache: dict[str, Any], name: str, elements: int, dtype: torch.dtype)
 
 
 def step(chains: Chains, grads: Sequence[Tensor], t: int, options: Mapping[str, Any]) -> None:
-    """One whole step of all parameters, a `ChainStep`.
+    """One whole step of all parameters, a `Step`.
 
     Args:
         chains: Parameters and state on the CPU, of dtypes that `supports` admits.
@@ -168,10 +147,7 @@ def step(chains: Chains, grads: Sequence[Tensor], t: int, options: Mapping[str, 
         cache["plan"] = _plan(cache["numels"], chains.lengths, workers)
         cache["workers"] = workers
     plan: _Plan = cache["plan"]
-    grads = [
-        g if g.dtype == dtype and g.is_contiguous() and not g.is_neg() else _plain(g, dtype)
-        for g in grads
-    ]
+    grads = [plain(g, dtype) for g in grads]
     table = np.empty((len(params), 4 + band), np.uint64)
     table[:, 0] = [p.data_ptr() for p in params]
     table[:, 1] = [g.data_ptr() for g in grads]
@@ -207,19 +183,15 @@ def step(chains: Chains, grads: Sequence[Tensor], t: int, options: Mapping[str, 
                 band,
                 mode,
                 constants,
-                _LIKE[dtype],
-                _LIKE[narrow[0].dtype],
+                LIKE[dtype],
+                LIKE[narrow[0].dtype],
             )
 
     for tasks, shared in zip(plan.rounds, plan.shared, strict=True):
         queue = deque(tasks)
         others = range(1, min(workers, len(tasks)))
-        futures = [_pool(workers - 1).submit(work, k, queue, shared) for k in others]
+        futures = [pool(workers - 1).submit(work, k, queue, shared) for k in others]
         work(0, queue, shared)
         for future in futures:
             future.result()
     torch.autograd.graph.increment_version(params)
-
-
-def _plain(g: Tensor, dtype: torch.dtype) -> Tensor:
-    return g.resolve_neg().to(dtype).contiguous()

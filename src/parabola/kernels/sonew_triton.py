@@ -462,7 +462,7 @@ def _upload(plan: _Plan, moved: list[int]) -> None:
 
 
 def step(chains: Chains, grads: Sequence[Tensor], t: int, options: Mapping[str, Any]) -> None:
-    """One step of all parameters: a `parabola.kernels.ChainStep` for tensors on a GPU.
+    """One step of all parameters: a `parabola.kernels.Step` for tensors on a GPU.
 
     Args:
         chains: Parameters of one dtype and their state of one dtype, such as `supports` allows.

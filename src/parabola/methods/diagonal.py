@@ -5,7 +5,7 @@ Liu, Bansal, Morwani, Vyas, Alvarez-Melis and Kakade 2025 (arXiv:2510.13680) com
 the basis and by the noise of the gradient. For one block with gradient g, an orthogonal basis U
 with columns u_i, and vectors h (the gradient itself, or curvature from outside), t = 1, 2, ...:
 
-    (1)  L <- beta2 L + (1 - beta2) H H^T       R <- beta2 R + (1 - beta2) H^T H     H: h as a matrix
+    (1)  L <- beta2 L + (1 - beta2) H H^T       R <- beta2 R + (1 - beta2) H^T H       H = mat(h)
     (2)  U = Q_L (x) Q_R, their eigenvectors
     (3)  D_i <- beta2 D_i + (1 - beta2) (u_i^T h)^2
     (4)  m <- beta1 m + (1 - beta1) g
@@ -18,16 +18,16 @@ in the identity basis there is none.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from math import prod
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from parabola import linalg
+from parabola import kernels, linalg
 from parabola.axes import index, multiply, name, unfold
 from parabola.grafting import decay
+from parabola.kernels import Kernel
 from parabola.method import Block, Cost, Entry, Method, Options, Refreshed, State
 from parabola.optimizer import SecondOrder
 from parabola.options import FLAG, Check, one_of, optional, real
@@ -44,7 +44,8 @@ def _basis(x: Any) -> bool:
         if x.dim() != 2 or x.shape[0] != x.shape[1] or not x.is_floating_point():
             return False
         eye = torch.eye(len(x), dtype=torch.float64, device=x.device)
-        return bool((x.double().mT @ x.double() - eye).abs().max() < 1e-3)
+        error = (x.double().mT @ x.double() - eye).abs().max()
+        return float(error) < 1e-3
     return isinstance(x, str) and x in ("identity", "kronecker", "full")
 
 
@@ -114,7 +115,8 @@ class DiagonalMethod(Method):
 
     def stand_in(self, grads: Sequence[Tensor], options: Options) -> Sequence[Tensor]:
         """The gradient; its square where estimates of a diagonal are expected."""
-        return [g.square() for g in grads] if options["curvature"] == "hutchinson" else grads
+        squares = options["curvature"] == "hutchinson"
+        return [g.square() if squares else g for g in grads]
 
     def init(self, block: Block, options: Options) -> dict[str, Entry]:
         """D, and for every rotated axis its factor and basis."""
@@ -194,11 +196,12 @@ class DiagonalMethod(Method):
         return Refreshed(new, ok)
 
     def transport(self, state: State, rows: Tensor | None, factor: str, new: State) -> State:
-        """m and D, seen from the new basis."""
+        """The first moment and D, seen from the new basis."""
         key = f"{factor}_basis"
         if key not in new:
             return {}
-        axis, carried = index(factor), {}
+        axis = index(factor)
+        carried: State = {}
         chosen = None if rows is None else rows.to(state[key].device)
         old = state[key] if chosen is None else state[key].index_select(0, chosen)
         for moved in ("exp_avg", "diagonal"):
@@ -258,6 +261,14 @@ class DiagonalMethod(Method):
         scale.masked_fill_(weight == 0, 0.0).nan_to_num_(posinf=0.0)
         scale.mul_(m)
         return scale if options["clip"] is None else scale.clamp_(-options["clip"], options["clip"])
+
+    def kernel(self, device: torch.device, dtype: torch.dtype, options: Options) -> Kernel | None:
+        """In the identity basis: powers 1 and 1/2."""
+        if options["kernels"] == "torch" or _adaptive(options) or options["power"] not in (0.5, 1):
+            return None
+        if options["curvature"] == "gradient":
+            return None  # D changes with every gradient
+        return kernels.diagonal(device, dtype)
 
     def cost(self, block: Block, options: Options) -> Cost:
         """Three products an axis (statistic, there, back); QR, and what moves D and m."""

@@ -71,7 +71,8 @@ def run(context: Context) -> Outcome:
     """Every seed and batch size."""
     work = [(seed, batch, context.quick) for batch in BATCHES[::-1] for seed in context.seeds]
     found = dict(zip(work, context.map(measured, work), strict=True))
-    errors, low, high, at_one, lines = [], [], [], [], []
+    errors, low, high, lines = [], [], [], []
+    at_one: list[float] = []
     for batch in BATCHES:
         rows = []
         for seed in context.seeds:
@@ -79,10 +80,8 @@ def run(context: Context) -> Outcome:
             d = found[seed, batch, context.quick]
             ratio = d * batch / hr
             error = float((d / expected - 1).abs().max())
-            rows.append(
-                (error, float(ratio.min()), float(ratio.max()), correlation(d, hr))
-                + (correlation(d, c2),)
-            )
+            spread = float(ratio.min()), float(ratio.max())
+            rows.append((error, *spread, correlation(d, hr), correlation(d, c2)))
         columns = list(zip(*rows, strict=True))
         errors.append(max(columns[0]))
         low.append(min(columns[1]))
@@ -101,11 +100,11 @@ def run(context: Context) -> Outcome:
     first, last = lines[0], lines[-1]
     notes = [
         Note(
-            f"Batch 1: Adam's diagonal is h R within a factor of {at_one[1]:.2f}, correlation of the "
-            f"logarithms {first[4]:.3f}: Adam is GN^-1/2 with a common factor.",
-            f"Batch {BATCHES[-1]}: the ratio to h R / B spreads from {last[2]:.2f} to {last[3]:.0f}, "
-            f"and the diagonal follows c^2 (correlation {last[5]:.3f}, with h {last[4]:.3f}): Adam is "
-            "sign descent in the basis.",
+            f"Batch 1: Adam's diagonal is h R within a factor of {at_one[1]:.2f}, correlation of "
+            f"the logarithms {first[4]:.3f}: Adam is GN^-1/2 with a common factor.",
+            f"Batch {BATCHES[-1]}: the ratio to h R / B spreads from {last[2]:.2f} to "
+            f"{last[3]:.0f}, and the diagonal follows c^2 (correlation {last[5]:.3f}, with h "
+            f"{last[4]:.3f}): Adam is sign descent in the basis.",
         )
     ]
     drawn = [

@@ -55,7 +55,8 @@ def geodesic(basis: Tensor, alpha: float) -> Tensor:
     if (angles.abs() - torch.pi).abs().min() < 1e-6:
         raise ValueError("the basis turns a plane by half a turn: its logarithm is not unique")
     logarithm = (vectors @ torch.diag(1j * angles).to(vectors.dtype) @ vectors.inverse()).real
-    return torch.linalg.matrix_exp(alpha * 0.5 * (logarithm - logarithm.mT))
+    result: Tensor = torch.linalg.matrix_exp(alpha * 0.5 * (logarithm - logarithm.mT))
+    return result
 
 
 SIZE = 20
@@ -64,6 +65,11 @@ REPLICAS = 96  # differences of 5 % between methods must show in a median
 BETA2S = (0.9, 0.99)
 FULL = (None, 0.0, 100, powers_of_two(-7, 3, 2))
 NOISY = (8, 1.0, 300, powers_of_two(-6.5, -0.5, 2))
+
+
+def betas(rule: Rule) -> dict[str, Any]:
+    """The decay of Adam's diagonal, as a setting of its row."""
+    return {"beta2": rule.beta2} if rule.source == "gradient" else {}
 
 
 def sweeps_of(work: tuple[Context, float, tuple[int | None, float, int, Any]]) -> list[Row]:
@@ -87,7 +93,7 @@ def sweeps_of(work: tuple[Context, float, tuple[int | None, float, int, Any]]) -
             batch="full" if batch is None else str(batch),
             replicas=replicas,
             alpha=alpha,
-            **({"beta2": rule.beta2} if rule.source == "gradient" else {}),
+            **betas(rule),
         )
         for rule in rules
     ]
@@ -141,7 +147,12 @@ def run(context: Context) -> Outcome:
         ),
         context.check(
             "batch 8, alpha <= 0.75: GN^-1 over the worse of the other two, smallest ratio",
-            min(g / max(a, h) for g, a, h in zip(noisy["GN^-1"][:-1], *(r[:-1] for r in rest))),
+            min(
+                g / max(others)
+                for g, *others in zip(
+                    *(values[:-1] for values in (noisy["GN^-1"], *rest)), strict=True
+                )
+            ),
             ">=",
             1.0,
         ),
@@ -154,10 +165,10 @@ def run(context: Context) -> Outcome:
     ]
     notes = [
         Note(
-            f"In the identity basis, full batch, Adam with beta2 = 0.9 ends at {full['Adam'][0]:.1e}"
-            f" and GN^-1 at {full['GN^-1'][0]:.1e}.",
-            f"With beta2 = 0.99 Adam ends at {full['slow'][0]:.1e}, behind GN^-1; GN^-1/2 ends at "
-            f"{full['GN^-1/2'][0]:.1e}, ahead of all.",
+            "In the identity basis, full batch, Adam with beta2 = 0.9 ends at "
+            f"{full['Adam'][0]:.2e} and GN^-1 at {full['GN^-1'][0]:.2e}.",
+            f"With beta2 = 0.99 Adam ends at {full['slow'][0]:.2e}, behind GN^-1; GN^-1/2 ends at "
+            f"{full['GN^-1/2'][0]:.2e}, ahead of all.",
         ),
         Note(
             "Full batch: the eigenbasis is worth a factor of "

@@ -14,6 +14,7 @@ MODULES = (
     "linreg_noise",
     "adam_vs_gn_diag",
     "basis_interp",
+    "low_precision",
 )
 
 

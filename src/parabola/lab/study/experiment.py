@@ -7,7 +7,7 @@ data, so that an experiment can be read, tested and run without the command line
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any, Literal, Protocol
 
@@ -355,7 +355,9 @@ def with_settings(row: Row, **settings: Any) -> Row:
     return replace(row, settings={**row.settings, **settings})
 
 
-def quadrants(title: str, rows: Iterable[Row], small: str, basis: str = "gauss_newton") -> Quadrants:
+def quadrants(
+    title: str, rows: Iterable[Row], small: str, basis: str = "gauss_newton"
+) -> Quadrants:
     """The two-by-two picture out of rows that differ in method, batch and basis only.
 
     Args:

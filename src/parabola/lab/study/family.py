@@ -6,7 +6,8 @@ With g the gradient of the batch, U the basis (columns u_i) and D the diagonal i
 (1)  D <- beta2 D + (1 - beta2) Dnew            Dnew = (U^T g)^2, or the curvature that is handed in
 (2)  m <- beta1 m + (1 - beta1) g
 (3)  u = U^T m / (1 - beta1^t),  d = D / (1 - beta2^n)
-(4)  s = 1 / (sqrt(d) + eps) for the gradient's own squares at power 1/2, else (d + damping)^(-power)
+(4)  s = 1 / (sqrt(d) + eps)       for the gradient's own squares at power 1/2,
+     s = (d + damping)^(-power)    otherwise
 (5)  theta <- theta - lr U clip(s u)
 
 Written on its own, apart from `parabola.Diagonal`, so that each can be tested against the other.

@@ -171,7 +171,7 @@ def _word(trait: str, value: Any) -> str:
         return basis_name(str(value))
     if trait == "batch":
         return "full batch" if value == "full" else f"batch {value}"
-    return str(value) if trait in ("schedule", "start") else f"{trait} {value}"
+    return str(value) if trait in ("schedule", "start", "precision") else f"{trait} {value}"
 
 
 def basis_name(basis: str) -> str:
@@ -188,7 +188,9 @@ def _points(x: Sequence[float], *curves: Sequence[float], log: bool) -> tuple[li
         if all(math.isfinite(value) for value in values)
     ]
     if log:
-        kept = [(at, *(min(max(value, FLOOR), CEILING) for value in values)) for at, *values in kept]
+        kept = [
+            (at, *(min(max(value, FLOOR), CEILING) for value in values)) for at, *values in kept
+        ]
     return tuple([point[i] for point in kept] for i in range(1 + len(curves)))
 
 
@@ -227,7 +229,9 @@ def quadrant_plots(picture: Quadrants) -> list[Plot]:
                 "type": "bar",
                 "orientation": "h",
                 "y": list(cell),
-                "x": [max(value, FLOOR) if math.isfinite(value) else None for value in cell.values()],
+                "x": [
+                    max(value, FLOOR) if math.isfinite(value) else None for value in cell.values()
+                ],
                 "text": [f"{value:.2g}" for value in cell.values()],
                 "width": 0.62,
                 "textposition": "outside",

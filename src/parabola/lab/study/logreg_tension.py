@@ -3,15 +3,16 @@
 
 Coordinates are independent, with logits z_j = x_j theta_j and balanced labels, so that the excess
 loss is sum_j log cosh(z_j / 2), lowest at zero. Far out, at z = -W, the gradient is -x/2 and the
-Gauss-Newton diagonal x^2 e^-W. GN^-1 moves z by lr e^W / 2 there, which asks for lr below 4 W e^-W,
-and near the optimum shrinks z by 1 - lr a step, which asks for lr near one. Adam moves z_j by lr x_j
-wherever it is. A clip of the direction removes the tension.
+Gauss-Newton diagonal x^2 e^-W. GN^-1 moves z by lr e^W / 2 there, which asks for lr below
+4 W e^-W, and near the optimum shrinks z by 1 - lr a step, which asks for lr near one. Adam moves
+z_j by lr x_j wherever it is. A clip of the direction removes the tension.
 
 The second parametrization is z_j = x_j sign(u_j) |u_j|^k.
 """
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,7 +61,7 @@ class Logits:
 
 
 def log_cosh(x: Tensor) -> Tensor:
-    """log cosh x without cancellation near zero or overflow far from it."""
+    """The logarithm of cosh x, without cancellation near zero or overflow far from it."""
     near = torch.log1p(2 * torch.sinh(0.5 * x.clamp(-5, 5)) ** 2)
     far = x.abs() - math.log(2) + torch.log1p(torch.exp(-2 * x.abs()))
     return torch.where(x.abs() < 5, near, far)
@@ -83,7 +84,7 @@ def problem(depth: float, k: float = 1.0) -> Problem:
 
 
 def _row(context: Context, depth: float, rule: Rule, schedule: str, k: float = 1.0) -> Row:
-    settings = {"W": depth, "k": k}
+    settings: dict[str, Any] = {"W": depth, "k": k}
     if rule.source == "gradient":
         settings["beta2"] = rule.beta2
     name = {0.5: "GN^-1/2 clipped", 1.0: "GN^-1 clipped"}[rule.power] if rule.clip else ""
@@ -146,12 +147,13 @@ def run(context: Context) -> Outcome:
         Note(
             "The tension between the largest stable step and the local rate makes GN slow.",
             "With every element of the direction clipped to 1, the GN powers end at "
-            f"{max(clipped):.0e} or less for every W; at W = 4 GN^-1 ends at "
-            f"{get('GN^-1', low).metric:.1e} without a clip, Adam at {get('Adam', low).metric:.1e}.",
+            f"{max(clipped):.0e} or less for every W. At W = 4 GN^-1 ends at "
+            f"{get('GN^-1', low).metric:.1e} even without, Adam at "
+            f"{get('Adam', low).metric:.1e}.",
         ),
         Note(
-            f"With z = x sign(u) u^2 and W = 8: Adam (beta2 = 0) {get('Adam', deep, k=2.0).metric:.1e},"
-            f" GN^-1 {get('GN^-1', deep, k=2.0).metric:.1e}.",
+            "With z = x sign(u) u^2 and W = 8: Adam (beta2 = 0) "
+            f"{get('Adam', deep, k=2.0).metric:.1e}, GN^-1 {get('GN^-1', deep, k=2.0).metric:.1e}.",
             f"At W = 4: Adam {get('Adam', low, k=2.0).metric:.1e}, GN^-1 "
             f"{get('GN^-1', low, k=2.0).metric:.1e}.",
         ),

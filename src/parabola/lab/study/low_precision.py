@@ -94,3 +94,65 @@ def sweeps_of(work: tuple[Context, str, str]) -> list[Row]:
             )
         )
     return rows
+
+
+def run(context: Context) -> Outcome:
+    """Every precision and basis."""
+    work = [(context, precision, basis) for precision in PRECISIONS for basis in BASES]
+    rows = [row for found in context.map(sweeps_of, work) for row in found]
+
+    def value(precision: str, basis: str, method: str) -> float:
+        return find(rows, precision=precision, basis=basis, method=method).metric
+
+    costs = {
+        (basis, method): value("bfloat16", basis, method) / value("float64", basis, method)
+        for basis in BASES
+        for method in METHODS
+    }
+    drawn = {
+        (basis, method): value("bfloat16 stochastic", basis, method)
+        / value("bfloat16", basis, method)
+        for basis in BASES
+        for method in METHODS
+    }
+    low, high = min(costs.values()), max(costs.values())
+    inverse = max(value("bfloat16", b, "GN^-1") / value("bfloat16", b, "Adam") for b in BASES)
+    checks = [
+        context.check("smallest cost of bfloat16, as a ratio of losses", low, ">=", 1.2),
+        context.check("largest cost of bfloat16, as a ratio of losses", high, "<=", 4.5),
+        context.check("bfloat16: GN^-1 over Adam, in the worse basis", inverse, "<=", 1.5),
+    ]
+    right = "gauss_newton"
+    notes = [
+        Note(
+            f"In bfloat16 GN^-1 stays within a factor of {inverse:.2f} of Adam in both bases.",
+            f"It loses more: in the eigenbasis bfloat16 costs it a factor of "
+            f"{costs[right, 'GN^-1']:.1f}, Adam {costs[right, 'Adam']:.1f}; in float64 GN^-1 is at "
+            f"{value('float64', right, 'GN^-1') / value('float64', right, 'Adam'):.2f} of Adam.",
+        ),
+        Note(
+            "Rounding to nearest drops steps below half a unit in the last place.",
+            "Stochastic rounding keeps them on average, and does not help here: losses change by "
+            f"factors of {min(drawn.values()):.2f} to {max(drawn.values()):.2f}.",
+        ),
+    ]
+    plots = [
+        Plot(f"{kind}, {name}", figure(part), "log scale")
+        for kind, figure in (("Learning rates", figures.rate_curves), ("Loss", figures.loss_curves))
+        for name, part in figures.split(
+            [row for row in rows if row.settings["precision"] != "bfloat16 stochastic"],
+            "precision",
+            "basis",
+        )
+    ]
+    return Outcome(rows, checks, notes, plots)
+
+
+EXPERIMENT = Experiment(
+    id="low-precision",
+    title="Weights, gradients and curvature in bfloat16",
+    question="Does low precision hurt the inverse more than the inverse root?",
+    run=run,
+    claim="Weights, gradients, the diagonal and the basis are rounded to bfloat16 at every step. "
+    "Rounding of the weights sets a floor for all methods.",
+)

@@ -63,9 +63,7 @@ IDENTITY = Basis(
 
 
 def _factor_zeros(weights: Layers) -> Tensors:
-    return tuple(
-        w.new_zeros(*w.shape[:2], side, side) for w in weights for side in w.shape[2:]
-    )
+    return tuple(w.new_zeros(*w.shape[:2], side, side) for w in weights for side in w.shape[2:])
 
 
 def _factors(moments: Tensors, delta: Layers, seen: Pass) -> Tensors:
@@ -86,9 +84,7 @@ def _sides(turn: Tensors) -> list[tuple[Tensor, Tensor]]:
 
 
 def _turned(turn: Tensors, layers: Tensors) -> Tensors:
-    return tuple(
-        left.mT @ x @ right for x, (left, right) in zip(layers, _sides(turn), strict=True)
-    )
+    return tuple(left.mT @ x @ right for x, (left, right) in zip(layers, _sides(turn), strict=True))
 
 
 def _turned_back(turn: Tensors, x: Tensors) -> Layers:
@@ -160,9 +156,7 @@ def dense(network: Network) -> Basis:
         turn=_eigenvectors,
         project=lambda turn, layers: ((turn[0].mT @ flat(layers)[..., None])[..., 0],),
         back=back,
-        squares=lambda turn, delta, seen: (
-            (jacobian(delta, seen) @ turn[0]).square().mean(2),
-        ),
+        squares=lambda turn, delta, seen: ((jacobian(delta, seen) @ turn[0]).square().mean(2),),
         transport=lambda squares, old, new: (
             ((new[0].mT @ old[0]).square() @ squares[0][..., None])[..., 0],
         ),

@@ -195,9 +195,7 @@ def _crossing(loss: Tensor, recipe: Recipe) -> Tensor:
 class _Runs:
     """The state of all runs, and one step of it."""
 
-    def __init__(
-        self, recipe: Recipe, method: Method, seeds: Sequence[int], settings: int
-    ) -> None:
+    def __init__(self, recipe: Recipe, method: Method, seeds: Sequence[int], settings: int) -> None:
         self.recipe, self.method = recipe, method
         self.basis = _basis(method, recipe.network)
         network, dtype = recipe.network, recipe.dtype
@@ -226,9 +224,7 @@ class _Runs:
 
     def keep(self, rows: Tensor) -> None:
         """Drop all other settings."""
-        self.state = {
-            name: tuple(x[:, rows] for x in value) for name, value in self.state.items()
-        }
+        self.state = {name: tuple(x[:, rows] for x in value) for name, value in self.state.items()}
 
     def loss(self) -> Tensor:
         """Loss on the test samples, (S, R)."""

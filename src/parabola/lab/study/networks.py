@@ -135,7 +135,9 @@ def sampled_slopes(network: Network, logits: Tensor, uniform: Tensor) -> Tensor:
 
 
 def _minus_chosen(p: Tensor, chosen: Tensor) -> Tensor:
-    return p.scatter_add(2, chosen[:, :, None], p.new_full((1, 1, 1, 1), -1.0).expand_as(p[:, :, :1]))
+    return p.scatter_add(
+        2, chosen[:, :, None], p.new_full((1, 1, 1, 1), -1.0).expand_as(p[:, :, :1])
+    )
 
 
 def jacobian(delta: Layers, seen: Pass) -> Tensor:

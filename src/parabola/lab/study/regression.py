@@ -94,9 +94,9 @@ def rotations(size: int, generators: Sequence[torch.Generator]) -> Tensor:
         [torch.randn(size, size, generator=g, dtype=torch.float64) for g in generators]
     )
     q, r = torch.linalg.qr(drawn)
-    q = q * r.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
-    q[..., 0] *= torch.linalg.det(q).sign().unsqueeze(-1)
-    return q
+    signed: Tensor = q * r.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
+    signed[..., 0] *= torch.linalg.det(signed).sign().unsqueeze(-1)
+    return signed
 
 
 def regression(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs experiments one after the other, each over processes, and keeps files and screen up to date."""
+"""Runs experiments one after the other, each over processes; updates files and screen."""
 
 import contextlib
 import os

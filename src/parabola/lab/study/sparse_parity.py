@@ -44,7 +44,10 @@ BASES = ("identity", "kronecker", "full")
 # Powers of two of the learning rate. Where damping dominates the diagonal, the best rate follows
 # it, so each damping has its own grid.
 ADAM = (-9, -1)
-GRIDS = {0.5: {1e-4: (-6, 1), 1e-2: (-5, 2), 1e-1: (-4, 3)}, 1.0: {1e-3: (-9, -2), 1e-2: (-7, 0), 1e-1: (-5, 2)}}
+GRIDS = {
+    0.5: {1e-4: (-6, 1), 1e-2: (-5, 2), 1e-1: (-4, 3)},
+    1.0: {1e-3: (-9, -2), 1e-2: (-7, 0), 1e-1: (-5, 2)},
+}
 NO_DAMPING = 1e-6
 
 

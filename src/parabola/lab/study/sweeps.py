@@ -100,7 +100,7 @@ def sweep(
         )
         if (t + 1) % every == 0:
             record.append(problem.loss(theta) / initial)
-    final = (problem.loss(theta) / initial).unflatten(0, (-1, replicas)).quantile(0.5, dim=1)
+    final = (problem.loss(theta) / initial).reshape(-1, replicas, len(rates)).quantile(0.5, dim=1)
     curves = torch.stack(record).quantile(0.5, dim=1)  # (records, rates)
     return best_row(
         rule.source,

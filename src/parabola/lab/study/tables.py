@@ -43,7 +43,9 @@ def catalog_table(known: Mapping[str, Experiment]) -> Table:
     table.add_column("id", no_wrap=True)
     table.add_column("question")
     for experiment in known.values():
-        table.add_row(" ".join(filter(None, (experiment.id, experiment.argument))), experiment.question)
+        table.add_row(
+            " ".join(filter(None, (experiment.id, experiment.argument))), experiment.question
+        )
     return table
 
 
@@ -139,7 +141,11 @@ def verdict(done: Iterable[Finished]) -> str:
     checks = [check for item in items if item.outcome for check in item.outcome.checks]
     failed = sum(not check.passed for check in checks)
     broken = [item.experiment.id for item in items if item.outcome is None]
-    text = f"All {len(checks)} checks pass." if not failed else f"{failed} of {len(checks)} checks fail."
+    text = (
+        f"All {len(checks)} checks pass."
+        if not failed
+        else f"{failed} of {len(checks)} checks fail."
+    )
     return text + (f" Did not finish: {', '.join(broken)}." if broken else "")
 
 
