@@ -223,6 +223,20 @@ def test_the_product_of_the_factors_eigenvalues(max_order, power, curvature, bia
     )
 
 
+def test_tracked_eigenvalues_of_a_statistic_at_rest_are_exact():
+    """The same vectors at every step: QR has nothing to turn, and its products are eigh's."""
+    runs = []
+    for tracking in ("qr", "eigh"):
+        params = make_params(((6, 4), (5, 5)))
+        family = {"basis": "kronecker", "curvature": "gauss_newton", "spectrum": "product"}
+        optimizer = Diagonal(params, **{**FED, **family, "tracking": tracking, "power": 1.0})
+        for step in range(9):
+            feed(optimizer, params, make_vectors(params, 0, 12))
+            train(optimizer, params, range(step, step + 1))
+        runs.append(params)
+    torch.testing.assert_close(*runs, rtol=1e-8, atol=1e-8)
+
+
 @pytest.mark.parametrize("max_order", [2, 3, 4])
 @pytest.mark.parametrize("block_size", [1, 3, 1024])
 @pytest.mark.parametrize("curvature", ["gradient", "gauss_newton"])
@@ -431,7 +445,7 @@ def test_the_plan_predicts_the_state_to_the_byte(basis, curvature):
     assert predicted == held
 
 
-shapes = st.lists(st.integers(1, 5), min_size=0, max_size=4).map(tuple)
+shapes = st.lists(st.integers(1, 4), min_size=0, max_size=3).map(tuple)
 policies = st.sampled_from(["auto", "block", "full", "skip"])
 options = st.fixed_dictionaries(
     {
@@ -456,10 +470,10 @@ options = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=100)
+@settings(max_examples=80)
 @given(shapes=st.lists(shapes, min_size=1, max_size=4), options=options, seed=st.integers(0, 99))
 def test_any_options_on_any_shapes(shapes, options, seed):
-    """125 columns beside one row take more gradients than there are to fill a factor: none here."""
-    shapes = [shape for shape in shapes if torch.Size(shape).numel() <= 30]
-    start = {"start_step": 31} if options["curvature"] == "gradient" else {"start_step": 0}
-    assert_follows_the_loop(tuple(shapes), steps=36, close=1e-6, seed=seed, **options, **start)
+    """Bases start late enough for factors of full rank: after twelve gradients, or as many fed."""
+    start_step = 12 if options["curvature"] == "gradient" else 0
+    options = {"start_step": start_step, **options}
+    assert_follows_the_loop(tuple(shapes), steps=start_step + 7, close=1e-6, seed=seed, **options)

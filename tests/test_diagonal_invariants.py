@@ -90,7 +90,7 @@ class Regression:
             p.grad = x.T @ (x @ p.detach() - y) / len(x)
             optimizer.step()
             losses.append(self.loss(p.detach()))
-        return torch.tensor(losses)
+        return torch.tensor(losses, dtype=torch.float64)
 
 
 def data_basis(problem):
@@ -105,7 +105,8 @@ def test_rotating_the_parameters(source, basis):
     turn = orthogonal(6, 9)
     plain, turned = Regression(), Regression(turn=turn)
     start = normal(6, seed=5)
-    options = {"lr": 0.05, "betas": (0.9, 0.95), "damping": 1e-3, "update_every": 1}
+    # Adam's own full basis has directions without any gradient at first: eps drowns their rounding.
+    options = {"lr": 0.05, "betas": (0.9, 0.95), "damping": 1e-3, "eps": 1e-3, "update_every": 1}
     options |= SOURCES[source]
     curves = []
     for problem, w in ((plain, start), (turned, turn @ start)):
@@ -116,7 +117,7 @@ def test_rotating_the_parameters(source, basis):
     if basis == "identity":
         assert difference > 1e-2
     else:
-        assert difference < (1e-12 if basis == "data" else 1e-9)
+        assert difference < 1e-12
 
 
 @pytest.mark.parametrize("power", [0.5, 1.0])

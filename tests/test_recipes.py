@@ -233,7 +233,7 @@ def test_adamw_becomes_shampoo_as_it_is():
     assert recipe.scheduler(recipe.optimizer()) is None
 
 
-@pytest.mark.parametrize("cls", [parabola.Jorge, parabola.Shampoo, parabola.SONew])
+@pytest.mark.parametrize("cls", [parabola.Ginger, parabola.Jorge, parabola.Shampoo, parabola.SONew])
 @pytest.mark.parametrize("kind", [AdamW, Adam])
 def test_steps_are_those_of_adam_until_preconditioning_starts(cls, kind):
     (p,), (q,) = params(), params()
@@ -327,6 +327,15 @@ def test_the_data_make_the_same_optimizer_after_json(cls):
             assert one[key] == other[key]
         assert list(one["betas"]) == list(other["betas"])
     assert rates(recipe, 90) == rates(again, 90)
+
+
+@pytest.mark.parametrize("cls", [parabola.Diagonal, parabola.SOAP, parabola.Sophia])
+def test_without_a_graft_no_learning_rate_carries_over(cls):
+    params = [torch.nn.Parameter(torch.ones(3, 2))]
+    with pytest.raises(ValueError, match=f"Invalid cls value: {cls.__name__}; allowed: .* graft"):
+        parabola.recipes.from_adamw(cls, AdamW(params))
+    with pytest.raises(ValueError, match="its learning rate must be searched"):
+        parabola.recipes.from_sgd(cls, SGD(params, lr=0.1), total_steps=90)
 
 
 def test_every_choice_is_printed_with_its_reason():

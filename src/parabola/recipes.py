@@ -125,7 +125,7 @@ def from_sgd(
     divided by ``1 - momentum``; with ``decoupled=False`` among the overrides it stays as it is.
 
     Args:
-        cls: An optimizer class of the library.
+        cls: An optimizer class of the library that has a graft.
         optimizer_or_settings: A `torch.optim.SGD` with any number of groups, or its keywords as a
             mapping. Where a scheduler has been at work, ``initial_lr`` counts.
         total_steps: Steps of the run, or epochs if the schedule is stepped once an epoch.
@@ -195,7 +195,7 @@ def from_adamw(
     does so with ``momentum`` = beta1. Adam's coupled decay stays coupled.
 
     Args:
-        cls: An optimizer class of the library.
+        cls: An optimizer class of the library that has a graft.
         optimizer_or_settings: A `torch.optim.AdamW` or `torch.optim.Adam` with any number of
             groups, or AdamW's keywords as a mapping. Where a scheduler has been at work,
             ``initial_lr`` counts.
@@ -324,7 +324,13 @@ def _keywords(cls: type[SecondOrder]) -> dict[str, Any]:
     """The keywords of a class, with their defaults."""
     if not (isinstance(cls, type) and issubclass(cls, SecondOrder)):
         raise ValueError(f"Invalid cls value: {cls!r}; allowed: an optimizer class of the library")
-    return {p.name: p.default for p in list(signature(cls).parameters.values())[1:]}
+    keywords = {p.name: p.default for p in list(signature(cls).parameters.values())[1:]}
+    if "graft" not in keywords:
+        raise ValueError(
+            f"Invalid cls value: {cls.__name__}; allowed: an optimizer with a graft. Without one "
+            "the length of a step is its own, and its learning rate must be searched"
+        )
+    return keywords
 
 
 def _rates(groups: list[_Group]) -> list[Any]:

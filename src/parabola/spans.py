@@ -12,7 +12,8 @@ curvature vectors of this step, and the filtered gradient. Hence three phases,
 of which the first and the last walk over the elements in zones that stay in a cache.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -21,9 +22,12 @@ from torch import Tensor
 from parabola import grafting
 from parabola.blocks import Bucket
 from parabola.distributed import Exchange
+from parabola.kernels import Columns, Finish
 from parabola.linalg import full_precision
-from parabola.method import Options, Products, SpanMethod, State
+from parabola.method import FACTOR, Combined, Options, Products, SpanMethod, State
 from parabola.zones import Run, Zone, zones
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 PANEL = 1 << 10
 """Products of float32 that are summed in float32; the sums of panels are added in float64."""
@@ -38,6 +42,20 @@ class Span(NamedTuple):
     bucket: Bucket
     grads: Sequence[Tensor]
     vectors: Sequence[Sequence[Tensor]]
+
+
+class _Part(NamedTuple):
+    """What is done together: a whole run, or a piece of one.
+
+    Attributes:
+        bucket: It.
+        grams: Of its members, see `parabola.method.Products`.
+        finish: Phase 3, from the coefficients of its members.
+    """
+
+    bucket: Bucket
+    grams: Tensor
+    finish: Callable[[Combined], None]
 
 
 class _Plan(NamedTuple):
@@ -61,14 +79,56 @@ class _Plan(NamedTuple):
 
 def step(method: SpanMethod, exchange: Exchange, work: Sequence[Span], options: Options) -> None:
     """One whole step of all parameters of a group that have a gradient."""
-    pieces = [piece for span in work for piece in _pieces(span)]
     home = work[0].bucket.device  # where the small matrices of all devices are worked on
     with full_precision():
-        grams = torch.cat([_observe(exchange, piece, options).to(home) for piece in pieces])
-        plans = _combine(method, [piece.bucket for piece in pieces], grams, work, options)
-        for piece, plan in zip(pieces, plans, strict=True):
-            d = _direction(exchange, piece, plan, options)
-            exchange.deliver(piece.bucket, grafting.momentum(piece.bucket, d, options), options)
+        parts = [part for span in work for part in _parts(method, exchange, span, options)]
+        grams = torch.cat([part.grams.to(home) for part in parts])
+        found = _combine(method, grams, work, options)
+        taken = 0
+        for part in parts:
+            own = slice(taken, taken + len(part.grams))
+            taken = own.stop
+            for name, values in found.numbers.items():
+                part.bucket.numbers[name].copy_(values[own])
+            part.finish(_taken(found, own))
+
+
+def _parts(
+    method: SpanMethod, exchange: Exchange, span: Span, options: Options
+) -> Iterator[_Part]:
+    """Phase 1: a run as a whole by a fused kernel, where there is one, else piece by piece."""
+    bucket = span.bucket
+    first = bucket.params[0]
+    kernel = method.kernel(bucket.device, first.dtype, options) if first.is_contiguous() else None
+    if kernel is not None:
+        step = kernel.step(_columns(bucket), span.grads, span.vectors, bucket.t, options)
+        yield _Part(bucket, step[0], partial(_finish, step[1]))
+        return
+    for piece in _pieces(span):
+        grams = _observe(exchange, piece, options)
+        yield _Part(piece.bucket, grams, partial(_move, exchange, piece, options))
+
+
+def _columns(bucket: Bucket) -> Columns:
+    found = bucket.memo.get("columns")
+    if found is None:
+        kept = [bucket.vectors(name) if name in bucket.state else [] for name in MOMENTS]
+        rank = bucket.state[FACTOR].shape[1]
+        factor = [[x.select(-1, k) for x in bucket.vectors(FACTOR)] for k in range(rank)]
+        found = bucket.memo["columns"] = Columns(bucket.params, *kept, factor)
+    assert isinstance(found, Columns)
+    return found
+
+
+def _finish(finish: Finish, found: Combined) -> None:
+    """Phase 3 by a fused kernel."""
+    finish(found.direction, found.update, found.scale, found.sound)
+
+
+def _move(exchange: Exchange, span: Span, options: Options, found: Combined) -> None:
+    """Phase 3 of a piece."""
+    d = _direction(exchange, span, _plan(span.bucket, found, options), options)
+    exchange.deliver(span.bucket, grafting.momentum(span.bucket, d, options), options)
 
 
 def _pieces(span: Span) -> Iterator[Span]:
@@ -128,42 +188,49 @@ def _repeat(
 
 
 def _combine(
-    method: SpanMethod,
-    pieces: Sequence[Bucket],
-    grams: Tensor,
-    work: Sequence[Span],
-    options: Options,
-) -> Iterator[_Plan]:
-    """Phase 2, a plan for every piece."""
-    sizes = torch.cat([span.bucket.sizes.to(grams.device) for span in work])
+    method: SpanMethod, grams: Tensor, work: Sequence[Span], options: Options
+) -> Combined:
+    """Phase 2."""
+    buckets, home = [span.bucket for span in work], grams.device
+    sizes = torch.cat([bucket.sizes.to(home) for bucket in buckets])
     numbers = {
-        name: torch.cat([span.bucket.numbers[name].to(grams.device) for span in work])
-        for name in work[0].bucket.numbers
+        name: torch.cat([bucket.numbers[name].to(home) for bucket in buckets])
+        for name in buckets[0].numbers
     }
-    owner, blocks = _owners([span.bucket for span in work], options)
-    products = Products(grams, numbers, sizes, owner.to(grams.device), blocks, len(work[0].vectors))
-    found = method.combine(products, options)
-    updates = found.update is not None
+    owner, blocks = _owners(buckets, options)
+    vectors = len(work[0].vectors)
+    products = Products(grams, numbers, sizes, owner.to(home), blocks, vectors)
+    return method.combine(products, options)
+
+
+def _taken(found: Combined, own: slice) -> Combined:
+    """The rows of some parameters."""
+    return Combined(
+        None if found.update is None else found.update[own],
+        found.direction[own],
+        found.scale[own],
+        None if found.limit is None else found.limit[own],
+        found.sound[own],
+        {name: values[own] for name, values in found.numbers.items()},
+    )
+
+
+def _plan(piece: Bucket, found: Combined, options: Options) -> _Plan:
+    """The coefficients of a piece in its dtype, on its device."""
     rows = found.direction.unsqueeze(1)
     if found.update is not None:
         rows = torch.cat([torch.nn.functional.pad(found.update.mT, (0, 1)), rows], 1)
+    rows = rows.clone()
+    rows[:, -1, -1] /= _correction(piece, options["betas"][0])
+    like = {"dtype": piece.dtype, "device": piece.device}
+    limit = found.limit
+    if limit is not None:
+        limit = limit.clamp(min=torch.finfo(piece.dtype).tiny).to(**like)
     # To ask an accelerator would stall it.
-    all_sound = grams.device.type == "cpu" and bool(found.sound.all())
-    taken = 0
-    for piece in pieces:
-        own = slice(taken, taken + len(piece.members))
-        taken = own.stop
-        for name, values in found.numbers.items():
-            piece.numbers[name].copy_(values[own])
-        like = {"dtype": piece.dtype, "device": piece.device}
-        mine = rows[own].clone()
-        mine[:, -1, -1] /= _correction(piece, options["betas"][0])
-        limit = None
-        if found.limit is not None:
-            limit = found.limit[own].clamp(min=torch.finfo(piece.dtype).tiny).to(**like)
-        sound = None if all_sound else found.sound[own].to(piece.device)
-        scale = found.scale[own].to(piece.device)
-        yield _Plan(mine.to(**like), updates, scale, limit, sound)
+    all_sound = found.sound.device.type == "cpu" and bool(found.sound.all())
+    sound = None if all_sound else found.sound.to(piece.device)
+    updates = found.update is not None
+    return _Plan(rows.to(**like), updates, found.scale.to(piece.device), limit, sound)
 
 
 def _direction(exchange: Exchange, span: Span, plan: _Plan, options: Options) -> Tensor:

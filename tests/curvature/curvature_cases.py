@@ -99,7 +99,12 @@ CASES = [
         {"dim": 1},
     ),
     Case(
-        "ce-tokens", "cross_entropy", lambda: net(2, 3, 4), normal(3, 4, 2), labels(4, 3, 4), _tokens
+        "ce-tokens",
+        "cross_entropy",
+        lambda: net(2, 3, 4),
+        normal(3, 4, 2),
+        labels(4, 3, 4),
+        _tokens,
     ),
     Case(
         "ce-masked-tokens",
@@ -215,7 +220,7 @@ def flat(named: Mapping[str, Tensor]) -> Tensor:
 
 def orthogonal(n: int, seed: int = 0) -> Tensor:
     """A random orthogonal matrix in float64."""
-    return torch.linalg.qr(normal(n, n, seed=seed))[0]
+    return torch.linalg.qr(normal(n, n, seed=seed))[0].contiguous()
 
 
 def assert_mean(samples: Tensor, expected: Tensor, errors: float) -> None:

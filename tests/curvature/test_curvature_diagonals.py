@@ -3,11 +3,6 @@
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from torch import nn
-from torch.nn import functional as F
-
 from curvature_cases import (
     Case,
     assert_mean,
@@ -20,6 +15,11 @@ from curvature_cases import (
     normal,
     orthogonal,
 )
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+
 from parabola.curvature import (
     gauss_newton_diagonal,
     gauss_newton_vector_product,
@@ -48,8 +48,11 @@ def make_basis(name, model, matrix):
             blocks.append(torch.eye(p.numel(), dtype=matrix.dtype))
             continue
         left, right = orthogonal(len(p), i), orthogonal(p[0].numel(), i + 50)
-        basis[key] = (left, None if name == "one-sided" else right)
-        blocks.append(torch.kron(left, torch.eye(len(right)) if name == "one-sided" else right))
+        basis[key] = (left, right)
+        if name == "one-sided":
+            basis[key] = (left, None)
+            right = torch.eye(len(right), dtype=matrix.dtype)
+        blocks.append(torch.kron(left, right))
     return basis, torch.block_diag(*blocks)
 
 
@@ -60,7 +63,9 @@ def test_exact_is_the_diagonal_of_the_dense_matrix(case, name):
     matrix = dense_matrix(case, model)
     basis, u = make_basis(name, model, matrix)
     found = diagonal(case, model, basis=basis)
-    assert {n: d.shape for n, d in found.items()} == {n: p.shape for n, p in model.named_parameters()}
+    assert {n: d.shape for n, d in found.items()} == {
+        n: p.shape for n, p in model.named_parameters()
+    }
     expected = (u.mT @ matrix @ u).diagonal()
     torch.testing.assert_close(flat(found), expected, rtol=1e-10, atol=1e-12)
 
@@ -117,7 +122,9 @@ def test_chunks_change_nothing(method, chunk):
         basis, _ = make_basis("kronecker", model, dense_matrix(c, model))
         options = {"method": method, "basis": basis, "samples": 3}
         results = [
-            diagonal(c, model, chunk_size=size, generator=torch.Generator().manual_seed(1), **options)
+            diagonal(
+                c, model, chunk_size=size, generator=torch.Generator().manual_seed(1), **options
+            )
             for size in (None, chunk)
         ]
         torch.testing.assert_close(*results, rtol=1e-12, atol=1e-14)

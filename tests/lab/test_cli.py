@@ -51,19 +51,15 @@ def test_compare_digits_end_to_end(cli, out):
     result = cli.invoke(app, ["compare", "digits", *FAST, "--out", str(out)])
     assert result.exit_code == 0, result.output
     runs = json.loads((out / "results.json").read_text())["runs"]
-    assert [run["optimizer"] for run in runs] == [
-        "adamw",
-        "sgd",
-        "muon",
-        "shampoo",
-        "sonew",
-        "jorge",
-    ]
+    names = [run["optimizer"] for run in runs]
+    assert sorted(names) == sorted(OPTIMIZERS) and names[:4] == ["adamw", "sgd", "muon", "shampoo"]
     assert {run["status"] for run in runs} == {"finished"}
     page = (out / "report.html").read_text()
     assert "shampoo" in page
-    for word in ("adamw", "steps to target", "[6/6] jorge seed 0", str(out / "results.json")):
+    for word in ("adamw", "steps to target", "[11/11] gn-sqrt seed 0", str(out / "results.json")):
         assert word in result.output
+    assert "curvature of the gradients" not in result.output
+    assert all(len(line) <= 120 for line in result.output.splitlines())
 
 
 def test_compare_needs_resume_or_overwrite_for_a_second_time(cli, out):
@@ -107,6 +103,23 @@ def test_failed_run_exits_1(cli, out, tmp_path):
     assert "broken on purpose" in result.output
 
 
+def test_a_task_without_curvature_says_so_once(cli, out, tmp_path):
+    path = tmp_path / "task.py"
+    path.write_text(
+        "from parabola.lab.workloads.digits import Digits\n"
+        "class Task(Digits):\n"
+        "    curvature_loss = None\n"
+    )
+    command = ["compare", f"{path}:Task", *FAST, "--optimizers", "adamw,ginger,gn"]
+    result = cli.invoke(app, [*command, "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    assert result.output.count("curvature of the gradients themselves: ginger, gn") == 1
+    adamw, ginger, gn = json.loads((out / "results.json").read_text())["runs"]
+    assert ginger["hyperparameters"]["curvature"] == gn["hyperparameters"]["curvature"]
+    assert "no curvature_loss" in ginger["tuned"] and "no curvature_loss" not in adamw["tuned"]
+    assert "no curvature_loss" in (out / "report.html").read_text()
+
+
 def test_compare_by_seconds(cli, out):
     command = ["compare", "digits", "--seeds", "1", "--optimizers", "adamw", "--seconds", "0.2"]
     assert cli.invoke(app, [*command, "--out", str(out)]).exit_code == 0
@@ -140,7 +153,7 @@ def test_compare_logs_to_tensorboard(cli, out):
         (["tune", "digits", "--optimizer", "shampo"], "did you mean 'shampoo'"),
         (
             ["plan", "digits", "--optimizer", "adamw"],
-            "library's own optimizers (jorge, sonew, shampoo",
+            "library's own optimizers (jorge, sonew, shampoo, soap, ginger, sophia, gn, gn-sqrt)",
         ),
         (["plan", "digits", "--option", "blok_size=3"], "did you mean 'block_size'"),
         (["plan", "digits", "--option", "block_size"], "key=value"),

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+import parabola
 from parabola.lab.errors import UsageError
 from parabola.lab.models import GPT, ResNet, mlp
 from parabola.lab.muon import hidden_weights
@@ -15,8 +16,12 @@ from parabola.lab.optimizers import OPTIMIZERS, build, decay_groups, entry, stat
 NAMES = list(OPTIMIZERS)
 
 
-def backward(model: nn.Module) -> None:
+def backward(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     torch.manual_seed(1)
+    if getattr(optimizer, "wants_curvature", False):
+        with optimizer.curvature():
+            for p in model.parameters():
+                p.grad = torch.randn_like(p)
     for p in model.parameters():
         p.grad = torch.randn_like(p)
 
@@ -34,7 +39,7 @@ def test_every_parameter_moves(name, model):
     model = copy.deepcopy(model)
     before = [p.clone() for p in model.parameters()]
     optimizer = build(name, model, entry(name).defaults)
-    backward(model)
+    backward(model, optimizer)
     optimizer.step()
     assert all(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     optimizer.zero_grad()
@@ -49,7 +54,7 @@ def test_decay_is_decoupled_and_spares_vectors(name):
     start = [p.detach().clone() for p in shrunk.parameters()]
     for model, value in ((shrunk, decay), (plain, 0.0)):
         optimizer = build(name, model, {"lr": lr, "weight_decay": value})
-        backward(model)
+        backward(model, optimizer)
         optimizer.step()
     # A first step is p - lr * (d + decay * p) with the same d, or p * (1 - lr * decay) - lr * d.
     for p0, p, q in zip(start, shrunk.parameters(), plain.parameters(), strict=True):
@@ -63,13 +68,13 @@ def test_state_dict_round_trip(name):
     one = GPT(8, 4, 8, 1, 2)
     two = copy.deepcopy(one)
     first = build(name, one, entry(name).defaults)
-    backward(one)
+    backward(one, first)
     first.step()
     second = build(name, two, entry(name).defaults)
     two.load_state_dict(one.state_dict())
     second.load_state_dict(copy.deepcopy(first.state_dict()))
     for model, optimizer in ((one, first), (two, second)):
-        backward(model)
+        backward(model, optimizer)
         for group in optimizer.param_groups:
             group["lr"] *= 0.5
         optimizer.step()
@@ -83,7 +88,7 @@ def test_learning_rate_zero_changes_nothing(name):
     optimizer = build(name, model, {**entry(name).defaults, "weight_decay": 0.1})
     for group in optimizer.param_groups:
         group["lr"] = 0.0
-    backward(model)
+    backward(model, optimizer)
     optimizer.step()
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
@@ -114,7 +119,7 @@ def test_muon_on_a_convolution_is_muon_on_its_matrix():
     matrix = nn.Parameter(conv.weight.detach().clone().view(5, 27))
     model = nn.Sequential(conv, head)
     optimizer = build("muon", model, {"lr": 0.1})
-    backward(model)
+    backward(model, optimizer)
     matrix.grad = conv.weight.grad.view(5, 27).clone()
     alone = torch.optim.Muon([matrix], lr=0.1, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
     optimizer.step()
@@ -128,8 +133,8 @@ def test_adamw_is_torchs():
     mine = build("adamw", one, {"lr": 0.1, "betas": [0.8, 0.9]})  # a list, as JSON gives it
     theirs = torch.optim.AdamW(two.parameters(), lr=0.1, betas=(0.8, 0.9), weight_decay=0.0)
     for _ in range(3):
-        backward(one)
-        backward(two)
+        backward(one, mine)
+        backward(two, theirs)
         mine.step()
         theirs.step()
     assert all(
@@ -140,7 +145,7 @@ def test_adamw_is_torchs():
 def test_state_bytes_of_adamw():
     model = mlp([4, 3], nn.ReLU)
     optimizer = build("adamw", model, {})
-    backward(model)
+    backward(model, optimizer)
     optimizer.step()
     assert state_bytes(optimizer) == 4 * (2 * 15 + 2)  # two moments an element, a step a tensor
 
@@ -153,3 +158,28 @@ def test_wrong_words_get_suggestions():
         build("sgd", model, {"momentun": 0.9})
     with pytest.raises(UsageError, match=r"shampoo refuses its settings.*block_size"):
         build("shampoo", model, {"block_size": -1})
+
+
+@pytest.mark.parametrize(("name", "power"), [("gn", 1.0), ("gn-sqrt", 0.5)])
+def test_gauss_newton_members_are_the_diagonal_ones(name, power):
+    one, two = mlp([6, 5, 4], nn.ReLU), mlp([6, 5, 4], nn.ReLU)
+    two.load_state_dict(one.state_dict())
+    mine = build(name, one, {"lr": 0.1, "damping": 0.01, "update_every": 2})
+    theirs = parabola.Diagonal(
+        two.parameters(),
+        lr=0.1,
+        betas=(0.9, 0.99),
+        curvature="gauss_newton",
+        power=power,
+        damping=0.01,
+        relative_damping=True,
+        clip=1.0,
+        update_every=2,
+    )
+    for _ in range(4):
+        for model, optimizer in ((one, mine), (two, theirs)):
+            backward(model, optimizer)
+            optimizer.step()
+    assert mine.stats["curvature_vectors"] == 2
+    pairs = zip(one.parameters(), two.parameters(), strict=True)
+    assert all(torch.allclose(a, b, rtol=1e-6) for a, b in pairs)

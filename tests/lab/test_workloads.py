@@ -117,6 +117,38 @@ def test_autoencoder_loss_is_summed_over_pixels(data_dir):
     assert task.evaluate(model)["train_loss"] == pytest.approx(784 * math.log(2), rel=1e-5)
 
 
+@pytest.fixture
+def spiked(tmp_path):
+    task = find_workload("spiked-regression")
+    task.load(tmp_path)
+    return task
+
+
+def test_spiked_metric_is_the_expected_loss(spiked):
+    torch.manual_seed(0)
+    model = spiked.model()
+    assert spiked.evaluate(model)["relative_loss"] == pytest.approx(1.0)
+    batches = list(islice(spiked.batches(3), 100))
+    with torch.no_grad():
+        start = sum(spiked.loss(model, batch).item() for batch in batches)
+        model.weight.normal_()
+        moved = sum(spiked.loss(model, batch).item() for batch in batches)
+        # 6400 samples of a square: a few percent.
+        assert moved / start == pytest.approx(spiked.evaluate(model)["relative_loss"], rel=0.1)
+        model.weight.copy_(spiked.target_weights)
+    assert spiked.evaluate(model)["relative_loss"] == 0.0
+    assert spiked.loss(model, batches[0]).item() == pytest.approx(0.0, abs=1e-6)
+
+
+def test_spiked_inputs_have_four_large_variances(spiked):
+    values = torch.linalg.eigvalsh(spiked.covariance)
+    assert values[-4:].tolist() == pytest.approx([100.0, 200.0, 300.0, 400.0])
+    assert (values[0].item(), values[-5].item()) == pytest.approx((0.5, 1.0))
+    x = torch.cat([x for x, _ in islice(spiked.batches(0), 100)]).double()
+    empirical = torch.linalg.eigvalsh(x.mT @ x / len(x))
+    assert empirical[-4:].tolist() == pytest.approx(values[-4:].tolist(), rel=0.1)
+
+
 def test_gpt_is_causal():
     torch.manual_seed(0)
     model = find_workload("stdlib-lm").model()

@@ -37,8 +37,10 @@ from parabola.options import integer
 
 Method = Literal["exact", "mc", "gnb", "factor", "hutchinson"]
 
-# Elements of all gradients that are held at a time, unless told: half a gigabyte in float64.
-_HELD = 1 << 26
+# device type -> elements of all gradients that are held at a time, unless told. CPU: measured, 16
+# gradients of 400 000 elements took 0.4 of the time of 64. Others: NOT measured, 256 MB in float32.
+_HELD: dict[str, int] = {"cpu": 1 << 23}
+_HELD_ELSEWHERE = 1 << 26
 
 
 def gauss_newton_diagonal(
@@ -78,8 +80,8 @@ def gauss_newton_diagonal(
         dim: Axis of the classes.
         mask: Boolean, True for the elements that count.
         reduction: Of the user's own loss.
-        chunk_size: Gradients that are held in memory at a time; None: as many as fit in 2^26
-            elements.
+        chunk_size: Gradients that are held in memory at a time; None: as many as fit in 2^23
+            elements on the CPU, 2^26 elsewhere.
         generator: Source of labels and signs; None is torch's default one.
 
     Returns:
@@ -267,7 +269,9 @@ class _Pullbacks:
 def _held(params: Named, chunk_size: int | None) -> int:
     """How many gradients to hold at a time."""
     if chunk_size is None:
-        return max(1, _HELD // max(1, sum(p.numel() for p in params.values())))
+        device = next(iter(params.values())).device.type
+        size = sum(p.numel() for p in params.values())
+        return max(1, _HELD.get(device, _HELD_ELSEWHERE) // max(1, size))
     _check_count("chunk_size", chunk_size)
     return chunk_size
 

@@ -62,7 +62,7 @@ class Functional:
         """Every such block starts from one random state: the masks of two of them are equal.
 
         Attention is taken apart into plain products, which unlike its fused kernels can be
-        differentiated forwards and batched.
+        differentiated twice.
         """
         devices = {p.device for p in self.params.values() if p.device.type != "cpu"}
         kind = next((d.type for d in devices), "cuda")
@@ -79,12 +79,9 @@ class Functional:
             ValueError: BatchNorm mixes the samples, or the inputs are no batches of equal length.
         """
         for name, module in self.model.named_modules():
-            mixing = (
+            if isinstance(module, _BatchNorm) and (
                 module.training or not module.track_running_stats
-                if isinstance(module, _BatchNorm)
-                else False
-            )
-            if mixing:
+            ):
                 raise ValueError(
                     f"Invalid model for a method of single samples: {name} takes the statistics of "
                     "the batch (allowed: BatchNorm with running statistics after model.eval())"

@@ -95,20 +95,20 @@ class CrossEntropy(Loss):
         return (z.softmax(self.dim) / noise).argmax(self.dim)
 
     def residual(self, z: Tensor, targets: Tensor) -> Tensor:
-        """P less the one-hot target."""
+        """The probabilities less the one-hot target."""
         place = targets.unsqueeze(self.dim)
         return z.softmax(self.dim).scatter_add(
             self.dim, place, -torch.ones_like(place, dtype=z.dtype)
         )
 
     def factor(self, z: Tensor, v: Tensor) -> Tensor:
-        """Sqrt(p) v less p (sqrt(p) . v)."""
+        """With r = sqrt(p): r v - p (r . v)."""
         p = z.softmax(self.dim)
         rooted = p.sqrt() * v
         return rooted - p * rooted.sum(self.dim, keepdim=True)
 
     def hessian(self, z: Tensor, v: Tensor) -> Tensor:
-        """P v less p (p . v)."""
+        """With p the probabilities: p v - p (p . v)."""
         p = z.softmax(self.dim)
         weighted = p * v
         return weighted - p * weighted.sum(self.dim, keepdim=True)
@@ -133,15 +133,15 @@ class BinaryCrossEntropy(Loss):
         return (noise < z.sigmoid()).to(z.dtype)
 
     def residual(self, z: Tensor, targets: Tensor) -> Tensor:
-        """S less the target."""
+        """The probability less the target."""
         return z.sigmoid() - targets
 
     def factor(self, z: Tensor, v: Tensor) -> Tensor:
-        """Sqrt(s (1 - s)) v, without the cancellation of 1 - s."""
+        """The root of s (1 - s), without the cancellation of 1 - s, times v."""
         return (z.sigmoid() * (-z).sigmoid()).sqrt() * v
 
     def hessian(self, z: Tensor, v: Tensor) -> Tensor:
-        """S (1 - s) v."""
+        """With s the probability: s (1 - s) v."""
         return z.sigmoid() * (-z).sigmoid() * v
 
 
@@ -153,7 +153,7 @@ class SquaredError(Loss):
     c: float
 
     def elements(self, z: Tensor, targets: Tensor) -> Tensor:
-        """C times the square of the difference."""
+        """The square of the difference, times c."""
         return self.c * (z - targets.to(z.dtype)).square()
 
     def noise(self, z: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -165,15 +165,15 @@ class SquaredError(Loss):
         return z + noise / sqrt(2 * self.c)
 
     def residual(self, z: Tensor, targets: Tensor) -> Tensor:
-        """2 c times the difference."""
+        """The difference, times 2 c."""
         return 2 * self.c * (z - targets)
 
     def factor(self, z: Tensor, v: Tensor) -> Tensor:
-        """Sqrt(2 c) v."""
+        """The root of 2 c, times v."""
         return sqrt(2 * self.c) * v
 
     def hessian(self, z: Tensor, v: Tensor) -> Tensor:
-        """2 c v."""
+        """Twice c, times v."""
         return 2 * self.c * v
 
 

@@ -65,11 +65,47 @@ Step = Callable[[Any, Sequence[Tensor], int, Mapping[str, Any]], None]
 """
 
 
+@dataclass(frozen=True)
+class Columns:
+    """The tensors of parameters whose elements are coupled by inner products; see `Chains`.
+
+    Attributes:
+        params: Contiguous parameters; their memory may be another at every step.
+        exp_avg: First moments.
+        exp_avg_sq: Second moments; empty where the graft has none.
+        factor: A list for each column of the low-rank factor.
+        cache: For the kernel's own use.
+    """
+
+    params: list[Tensor]
+    exp_avg: list[Tensor]
+    exp_avg_sq: list[Tensor]
+    factor: list[list[Tensor]]
+    cache: dict[str, Any] = field(default_factory=dict)
+
+
+Finish = Callable[[Tensor, Tensor | None, Tensor, Tensor], None]
+"""``finish(direction, update, scale, sound)``: the second half of a step, see `method.Combined`.
+
+One row a parameter on the host, float64, ``sound`` bool.
+"""
+
+HalfStep = Callable[
+    [Columns, Sequence[Tensor], Sequence[Sequence[Tensor]], int, Mapping[str, Any]],
+    tuple[Tensor, Finish],
+]
+"""``step(columns, grads, vectors, t, options)``: the first half of a step of all parameters.
+
+It updates the moments. Returns Gram matrices ``(parameters, q, q)``, float64, of factor, curvature
+vectors and bias-corrected first moment, and what is to be called for the second half.
+"""
+
+
 class Kernel(NamedTuple):
-    """A fused step and what it is called in ``opt.plan()``."""
+    """A fused step, a `Step` or a `HalfStep`, and what it is called in ``opt.plan()``."""
 
     name: str
-    step: Step
+    step: Callable[..., Any]
 
 
 def sonew(
@@ -101,6 +137,22 @@ def diagonal(device: torch.device, dtype: torch.dtype) -> Kernel | None:
     """
     module = _module("parabola.kernels.diagonal_numba") if device.type == "cpu" else None
     if module is None or not module.supports(dtype):
+        return None
+    return Kernel("numba", module.step)
+
+
+def ginger(device: torch.device, dtype: torch.dtype, options: Mapping[str, Any]) -> Kernel | None:
+    """The fused step of Ginger, or None where there is none.
+
+    Args:
+        device: Of parameters and state.
+        dtype: Of parameters.
+        options: The parameter group.
+    """
+    if device.type != "cpu":
+        return None
+    module = _module("parabola.kernels.ginger_numba")
+    if module is None or not module.supports(dtype, options):
         return None
     return Kernel("numba", module.step)
 

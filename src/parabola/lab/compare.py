@@ -14,7 +14,9 @@ from parabola.lab.errors import UsageError
 from parabola.lab.optimizers import build, check_options, entry, variant
 from parabola.lab.results import SCHEMA, Results, Run, Settings, environment, read, write
 from parabola.lab.train import Budget, Observer, new_run, train
-from parabola.lab.workload import Setting, Workload
+from parabola.lab.workload import Curved, Setting, Workload
+
+EMPIRICAL = "curvature of the gradients, as the workload has no curvature_loss"
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ def setting(workload: Workload, optimizer: str) -> Setting:
     """The workload's setting of an optimizer, or the table's defaults where it has none.
 
     One with options in its name has the setting of that very name, or else the optimizer's with the
-    options on top.
+    options on top. Where the workload offers no curvature, the gradients serve as curvature.
 
     Raises:
         UsageError: The optimizer is unknown, or the workload sets an option that it does not have.
@@ -54,6 +56,12 @@ def setting(workload: Workload, optimizer: str) -> Setting:
             tuned=f"{', '.join(options)} set by hand; the rest: {chosen.tuned}",
         )
     check_options(optimizer, chosen.options)
+    known = {**entry(optimizer).options(), **chosen.options}
+    if known.get("curvature") == "gauss_newton" and not isinstance(workload, Curved):
+        chosen = chosen._replace(
+            options={**chosen.options, "curvature": "empirical"},
+            tuned=f"{chosen.tuned}; {EMPIRICAL}",
+        )
     return chosen
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from parabola.curvature import sampled_loss
 from parabola.lab.data import windows
 from parabola.lab.schedules import warmup_cosine
 from parabola.lab.workload import Workload
@@ -42,6 +43,10 @@ class NextByte(Workload):
         """Cross-entropy in nats per byte."""
         inputs, targets = batch
         return functional.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+
+    def curvature_loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """The same on bytes drawn from the model."""
+        return sampled_loss(model(batch[0]), "cross_entropy")
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Cross-entropy in nats per byte over the held-out sample."""

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 import parabola
 from parabola.lab.errors import UsageError, unknown
+from parabola.lab.gauss_newton import GaussNewton, GaussNewtonRoot
 from parabola.lab.muon import MuonWithAdamW, hidden_weights
 
 
@@ -138,6 +139,14 @@ def muon(
 
 _BETAS = Choice(((0.9, 0.95), (0.9, 0.99), (0.9, 0.999), (0.95, 0.99)))
 _DECAY = Choice((0.0, 0.01, 0.1))
+_GAUSS_NEWTON: Mapping[str, Range | Choice] = {
+    "lr": Range(1e-4, 3.0),
+    "betas": _BETAS,
+    "damping": Choice((1e-3, 1e-2, 1e-1)),
+    "clip": Choice((None, 1.0)),
+    "update_every": Choice((1, 10)),
+    "weight_decay": _DECAY,
+}
 
 OPTIMIZERS: dict[str, Entry] = {
     "adamw": Entry(
@@ -195,6 +204,51 @@ OPTIMIZERS: dict[str, Entry] = {
             "damping": Range(1e-6, 1e-2),
             "weight_decay": _DECAY,
         },
+        warmup={"start_step": 0, "update_every": 1},
+    ),
+    "soap": Entry(
+        constructor=parabola.SOAP,
+        defaults={"lr": 3e-3},
+        space={
+            "lr": Range(1e-4, 1e-1),
+            "betas": Choice(((0.9, 0.95), (0.9, 0.99), (0.95, 0.95), (0.95, 0.99))),
+            "weight_decay": _DECAY,
+        },
+        warmup={"start_step": 0, "update_every": 1},
+    ),
+    "ginger": Entry(
+        constructor=parabola.Ginger,
+        defaults={"lr": 1e-3},
+        space={
+            "lr": Range(1e-4, 1e-1),
+            "betas": Choice(((0.9, 0.9), *_BETAS.values)),
+            "rank": Choice((4, 8, 16, 32)),
+            "weight_decay": _DECAY,
+        },
+        warmup={"start_step": 0, "update_every": 1},
+    ),
+    "sophia": Entry(
+        constructor=parabola.Sophia,
+        defaults={"lr": 1e-3},
+        space={
+            "lr": Range(1e-4, 1e-1),
+            "betas": Choice(((0.9, 0.95), (0.9, 0.99), (0.965, 0.99))),
+            "rho": Range(1e-3, 1.0),
+            "update_every": Choice((1, 10)),
+            "weight_decay": _DECAY,
+        },
+        warmup={"update_every": 1},
+    ),
+    "gn": Entry(
+        constructor=GaussNewton,
+        defaults={"lr": 0.1},
+        space=_GAUSS_NEWTON,
+        warmup={"start_step": 0, "update_every": 1},
+    ),
+    "gn-sqrt": Entry(
+        constructor=GaussNewtonRoot,
+        defaults={"lr": 0.01},
+        space=_GAUSS_NEWTON,
         warmup={"start_step": 0, "update_every": 1},
     ),
 }

@@ -34,7 +34,7 @@ class EvalCurve(TypedDict):
 
 
 class StepSeconds(TypedDict):
-    """Mean seconds of a training step, and of its two main parts."""
+    """Mean seconds of a training step, and of its two main parts; curvature is in the second."""
 
     total: float
     model: float

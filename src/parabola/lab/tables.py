@@ -20,6 +20,8 @@ def summary_table(results: Results) -> Table:
     table = Table(
         title=f"{facts['name']}: {facts['metric']} {better} {facts['target']:g}",
         title_justify="left",
+        caption=_caption(results["runs"]),
+        caption_justify="left",
     )
     table.add_column("optimizer")
     table.add_column("reached", justify="right")
@@ -34,6 +36,16 @@ def summary_table(results: Results) -> Table:
             optimizer, *_row([run for run in results["runs"] if run["optimizer"] == optimizer])
         )
     return table
+
+
+def _caption(runs: Sequence[Run]) -> str | None:
+    """Who had no curvature vectors and took the gradients themselves."""
+    empirical = {
+        r["optimizer"] for r in runs if r["hyperparameters"].get("curvature") == "empirical"
+    }
+    if not empirical:
+        return None
+    return f"curvature of the gradients themselves: {', '.join(sorted(empirical))}"
 
 
 def _row(runs: list[Run]) -> list[str]:

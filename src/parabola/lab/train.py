@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,11 @@ from torch.optim import Optimizer
 from parabola.lab.optimizers import build, entry, state_bytes
 from parabola.lab.results import Run, StepSeconds, versions
 from parabola.lab.schedules import SCHEDULES
-from parabola.lab.workload import Setting, Workload
+from parabola.lab.workload import Curved, Setting, Workload
+from parabola.optimizer import SecondOrder
 
 _POINTS = 1000  # most points that a training curve keeps
+_OTHER = 1_000_003  # between the seeds of the training batches and of those for curvature
 
 
 @dataclass(frozen=True)
@@ -80,9 +82,11 @@ def train(
 ) -> None:
     """Train one model and fill in the record of the run, also when it is interrupted half-way.
 
-    The clock counts fetching the batch, forward and backward pass, and the optimizer's step. It
-    does not count evaluation, nor the compilation and lazy loading that the first steps trigger:
-    those happen before, on a throw-away copy, and are reported as `compile_seconds`.
+    The clock counts fetching the batch, forward and backward pass, and the optimizer's step, with
+    the curvature that it wants: batches of another stream, so that what is trained on does not
+    depend on the optimizer. It does not count evaluation, nor the compilation and lazy loading
+    that the first steps trigger: those happen before, on a throw-away copy, and are reported as
+    `compile_seconds`.
 
     Args:
         workload: The task, loaded.
@@ -113,7 +117,7 @@ def _train(
 ) -> None:
     peaks = [group["lr"] for group in optimizer.param_groups]
     schedule = SCHEDULES[run["schedule"]] if run["schedule"] else workload.schedule
-    batches = workload.batches(run["seed"])
+    streams = _streams(workload, run["seed"])
     curve, clock = _Curve(run, budget), _Clock(device)
     step, evaluations = 0, 0
     while True:
@@ -132,7 +136,7 @@ def _train(
         factor = schedule(_middle(budget, step, clock))
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * factor
-        loss = _step(workload, model, optimizer, batches, clock)
+        loss = _step(workload, model, optimizer, streams, clock)
         step += 1
         run["seconds_per_step"] = clock.per_step(step)
         if not math.isfinite(loss):
@@ -153,15 +157,32 @@ def _middle(budget: Budget, step: int, clock: "_Clock") -> float:
     return min(max(budget.used(step, clock.total + expected), 1e-4), 1.0 - 1e-4)
 
 
+class _Streams(NamedTuple):
+    """Batches to train on, and others for curvature."""
+
+    training: Iterator[Any]
+    curvature: Iterator[Any]
+
+
+def _streams(workload: Workload, seed: int) -> _Streams:
+    def curvature() -> Iterator[Any]:  # nothing is drawn where nothing is wanted
+        yield from workload.batches(seed + _OTHER)
+
+    return _Streams(workload.batches(seed), curvature())
+
+
 def _step(
     workload: Workload,
     model: nn.Module,
     optimizer: Optimizer,
-    batches: Iterator[Any],
+    streams: _Streams,
     clock: "_Clock",
 ) -> float:
     clock.start()
-    batch = to_device(next(batches), clock.device)
+    if isinstance(optimizer, SecondOrder) and isinstance(workload, Curved):
+        _feed(workload, model, optimizer, streams, clock)
+        clock.lap("optimizer")
+    batch = to_device(next(streams.training), clock.device)
     clock.lap("data")
     loss = workload.loss(model, batch)
     loss.backward()  # type: ignore[no-untyped-call]
@@ -170,6 +191,15 @@ def _step(
     optimizer.zero_grad()
     clock.lap("optimizer")
     return loss.item()
+
+
+def _feed(
+    workload: Curved, model: nn.Module, optimizer: SecondOrder, streams: _Streams, clock: "_Clock"
+) -> None:
+    if optimizer.wants_curvature:
+        batch = to_device(next(streams.curvature), clock.device)
+        with optimizer.curvature():
+            workload.curvature_loss(model, batch).backward()  # type: ignore[no-untyped-call]
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
@@ -217,11 +247,11 @@ def _compile(workload: Workload, run: Run, model: nn.Module, device: torch.devic
     """Seconds that the first step on a throw-away copy takes beyond the second one."""
     options = {**run["hyperparameters"], **entry(run["optimizer"]).warmup}
     optimizer = build(run["optimizer"], model, options)
-    batches = workload.batches(run["seed"])
+    streams = _streams(workload, run["seed"])
     clock = _Clock(device)
-    _step(workload, model, optimizer, batches, clock)
+    _step(workload, model, optimizer, streams, clock)
     first = clock.total
-    _step(workload, model, optimizer, batches, clock)
+    _step(workload, model, optimizer, streams, clock)
     return max(2 * first - clock.total, 0.0)
 
 

@@ -7,7 +7,7 @@ sees the same initial weights, the same batches and the same learning-rate sched
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -97,3 +97,18 @@ class Workload(Protocol):
             progress: Used part of the budget, strictly between 0 and 1.
         """
         return warmup_linear(progress)
+
+
+@runtime_checkable
+class Curved(Protocol):
+    """What a workload adds for optimizers that take curvature from outside.
+
+    Without it they take the gradient itself, the empirical Fisher.
+    """
+
+    def curvature_loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """A loss whose gradient is one curvature vector: `parabola.curvature.sampled_loss`.
+
+        Its kind and its reduction are those of `loss`. The batch is not the one that is trained on.
+        """
+        ...

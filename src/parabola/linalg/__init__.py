@@ -5,7 +5,7 @@ from parabola.linalg.banded import BandedInverse, banded_inverse
 from parabola.linalg.eigen import Eigenbasis, eigenbasis, misfit, track, transport
 from parabola.linalg.newton import largest_eigenvalue
 from parabola.linalg.precision import full_precision
-from parabola.linalg.products import symmetric_product
+from parabola.linalg.products import add_gram, symmetric_product
 from parabola.linalg.roots import InverseRoot, Method, inverse_root, supports
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "Eigenbasis",
     "InverseRoot",
     "Method",
+    "add_gram",
     "banded_inverse",
     "eigenbasis",
     "full_precision",

@@ -153,7 +153,7 @@ class DiagonalMethod(Method):
             for i, x in enumerate(vectors):
                 h = unfold(_whitened(state, x, axis, block, options), axis)
                 kept = 1.0 if i else old
-                state[name(axis)].baddbmm_(h, h.mT, beta=kept, alpha=new / len(vectors))
+                linalg.add_gram(state[name(axis)], h, beta=kept, alpha=new / len(vectors))
 
     def factors(self, block: Block, options: Options) -> dict[str, float]:
         """Every rotated axis on its own."""

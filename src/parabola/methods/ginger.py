@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from parabola import spans
+from parabola import kernels, spans
 from parabola.grafting import decay
+from parabola.kernels import Kernel
 from parabola.linalg import lowrank
 from parabola.method import FACTOR, Block, Combined, Cost, Entry, Options, Products, SpanMethod
 from parabola.optimizer import SecondOrder
@@ -131,6 +132,10 @@ class GingerMethod(SpanMethod):
             trace = old * trace + new * squares.mean(1)
             weight = old * weight + new
         return trace, weight
+
+    def kernel(self, device: torch.device, dtype: torch.dtype, options: Options) -> Kernel | None:
+        """Numba's form, unless ``kernels="torch"``; there is none for clip and momentum."""
+        return None if options["kernels"] == "torch" else kernels.ginger(device, dtype, options)
 
     def cost(self, block: Block, options: Options) -> Cost:
         """Inner products of rank + 2 columns, and rank + 1 combinations of them."""

@@ -53,8 +53,7 @@ class ShampooMethod(Method):
         old, new = decay(options["betas"][1])
         (g,) = vectors
         for axis in block.axes:
-            matrix = unfold(g, axis)
-            state[name(axis)].baddbmm_(matrix, matrix.mT, beta=old, alpha=new)
+            linalg.add_gram(state[name(axis)], unfold(g, axis), beta=old, alpha=new)
 
     def factors(self, block: Block, options: Options) -> dict[str, float]:
         """Every axis on its own: the cost of a root is cubic in its length."""

@@ -15,7 +15,8 @@ Relation = Literal["<", "<=", ">", ">=", "in"]
 Figure = dict[str, Any]
 
 # Quick runs are half as long on half the grid: they exercise the code, and their checks are looser
-# by this factor.
+# by this factor, or by half the digits where that is more: with half the steps, what falls
+# exponentially falls half as far.
 QUICK = 10.0
 
 
@@ -203,6 +204,10 @@ class Context:
     argument: str | None = None
     map: Map = _in_process
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What travels to a process: everything but the way to start more of them."""
+        return {**self.__dict__, "map": _in_process}
+
     def steps(self, count: int) -> int:
         """The number of steps of a run: half in a quick one."""
         return max(1, count // 2) if self.quick else count
@@ -220,7 +225,7 @@ class Context:
         *,
         exact: bool = False,
     ) -> Check:
-        """A check; in a quick run the threshold is ten times looser.
+        """A check; in a quick run the threshold is ten times looser, or more for small ones.
 
         Args:
             text: What is asserted.
@@ -411,7 +416,7 @@ def _loosened(
 
 
 def _up(value: float) -> float:
-    return value * QUICK if value > 0 else value / QUICK
+    return max(value * QUICK, value**0.5) if value > 0 else value / QUICK
 
 
 def _down(value: float) -> float:

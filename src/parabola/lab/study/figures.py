@@ -9,7 +9,7 @@ from typing import Any
 from parabola.lab.study.experiment import Figure, Plot, Quadrants, Row
 
 # Values beyond these are drawn at them: an axis from 1e-219 to 1e250 would flatten everything else.
-FLOOR, CEILING = 1e-20, 1e4
+FLOOR, CEILING = 1e-20, 1e2
 
 # Places in the page's palette (report.css), the same in every chart; from 8 on lines are dashed.
 SLOTS = {
@@ -69,7 +69,7 @@ def lines(
         x_title: Title of the horizontal axis.
         y_title: Title of the vertical axis.
         log_x: Logarithmic horizontal axis.
-        log_y: Logarithmic vertical axis; values beyond 1e-20 and 1e4 are drawn there.
+        log_y: Logarithmic vertical axis; values beyond 1e-20 and 100 are drawn there.
     """
     traces: list[Figure] = []
     drawn = list(drawn)
@@ -171,7 +171,9 @@ def _word(trait: str, value: Any) -> str:
         return basis_name(str(value))
     if trait == "batch":
         return "full batch" if value == "full" else f"batch {value}"
-    return str(value) if trait in ("schedule", "start", "precision") else f"{trait} {value}"
+    if trait in ("schedule", "start", "precision"):
+        return str(value)
+    return f"{trait} {value:g}" if isinstance(value, float) else f"{trait} {value}"
 
 
 def basis_name(basis: str) -> str:

@@ -49,7 +49,7 @@ def block_product(e: Tensor) -> Tensor:
     to end the equality of gradients on which this experiment rests.
     """
     blocks = e.reshape(*e.shape[:-1], len(TOPS), SIZE)
-    rho = ((torch.tensor(TOPS).double() - 1) / (SIZE - 1)).unsqueeze(-1)
+    rho = ((torch.tensor(TOPS, dtype=torch.float64) - 1) / (SIZE - 1)).unsqueeze(-1)
     result: Tensor = (1 - rho) * blocks + rho * blocks.sum(-1, keepdim=True)
     return result.flatten(-2)
 
@@ -159,6 +159,7 @@ def run(context: Context) -> Outcome:
             _mismatch(context),
             "<=",
             1e-10,
+            exact=True,
         ),
         context.check(
             "identity basis: Adam (beta2 = 0) over GN^-1, blocks start constant",

@@ -49,15 +49,17 @@ class Logits:
 
     def of(self, u: Tensor) -> Tensor:
         """The logits."""
-        return torch.tensor(SCALES).double() * u.sign() * u.abs() ** self.k
+        return torch.tensor(SCALES, dtype=torch.float64) * u.sign() * u.abs() ** self.k
 
     def slope(self, u: Tensor) -> Tensor:
         """Their derivative."""
-        return torch.tensor(SCALES).double() * self.k * u.abs() ** (self.k - 1)
+        return torch.tensor(SCALES, dtype=torch.float64) * self.k * u.abs() ** (self.k - 1)
 
     def at(self, z: float) -> Tensor:
         """The parameters at which all logits are z."""
-        return math.copysign(1.0, z) * (abs(z) / torch.tensor(SCALES).double()) ** (1 / self.k)
+        return math.copysign(1.0, z) * (abs(z) / torch.tensor(SCALES, dtype=torch.float64)) ** (
+            1 / self.k
+        )
 
 
 def log_cosh(x: Tensor) -> Tensor:

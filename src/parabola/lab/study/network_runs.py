@@ -130,7 +130,7 @@ def train(
     lrs: Sequence[float],
     dampings: Sequence[float],
     seeds: Sequence[int],
-    watch: Callable[[int, State, Basis], None] | None = None,
+    watch: Callable[[int, State], None] | None = None,
 ) -> Curves:
     """Train one network for each learning rate, damping and seed.
 
@@ -142,7 +142,7 @@ def train(
         lrs: Learning rates.
         dampings: Values added to the diagonal (ignored by Adam: give one).
         seeds: Seeds of data and initial weights.
-        watch: Called after each refresh with the step, the state and the basis.
+        watch: Called after each refresh with the step and the state.
     """
     rows = list(product(dampings, lrs))
     damping, lr = (torch.tensor(column, dtype=recipe.dtype) for column in zip(*rows, strict=True))
@@ -153,7 +153,7 @@ def train(
     for step in range(recipe.steps):
         run.step(step, lr[alive], damping[alive])
         if watch is not None and step % recipe.refresh == 0:
-            watch(step, run.state, run.basis)
+            watch(step, run.state)
         if (step + 1) % recipe.check and step + 1 < recipe.steps:
             continue
         now = curve[-1].clone()

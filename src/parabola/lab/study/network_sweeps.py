@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from parabola.lab.study.experiment import Quadrants, Row, best_row
+from parabola.lab.study.experiment import Quadrants, Row, Sheet, best_row
 from parabola.lab.study.network_runs import Curves, Method, Recipe, train
 
 NAMES = {"full": "gauss_newton", "empirical": "empirical"}
@@ -73,3 +73,13 @@ def picture(title: str, rows: Iterable[Row], large: str, small: str, basis: str)
 def without_averages(recipe: Recipe, fresh: bool) -> Recipe:
     """The recipe, with the curvature computed anew at every refresh if `fresh`."""
     return replace(recipe, curvature_decay=0.0) if fresh else recipe
+
+
+def settings_sheet(**settings: object) -> Sheet:
+    """What all rows share, as a table: it belongs into the record, not into every row."""
+    lines = [(name.replace("_", " "), _word(value)) for name, value in settings.items()]
+    return Sheet("Settings", ("setting", "value"), lines)
+
+
+def _word(value: object) -> float | str:
+    return float(value) if isinstance(value, int | float) else str(value)

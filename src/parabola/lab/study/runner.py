@@ -134,7 +134,11 @@ def _mapper(submit: Submit, tick: Tick) -> Map:
             tick(0, 1)
             futures.append(submit(function, item))
             futures[-1].add_done_callback(lambda _: tick(1, 0))
-        return [future.result() for future in futures]
+        try:
+            return [future.result() for future in futures]
+        finally:
+            for future in futures:
+                future.cancel()
 
     return mapped
 

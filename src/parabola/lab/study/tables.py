@@ -29,7 +29,8 @@ def print_finished(console: Console, item: Finished) -> None:
     for sheet in outcome.sheets:
         console.print(sheet_table(sheet))
     for picture in outcome.quadrants:
-        console.print(quadrant_table(picture, item.experiment.metric))
+        console.print(f"{picture.title}: {' | '.join(methods_of(picture))}", highlight=False)
+        console.print(quadrant_table(picture))
     for note in outcome.notes:
         console.print(note_text(note), soft_wrap=True)
     for check in outcome.checks:
@@ -97,10 +98,10 @@ def sheet_table(sheet: Sheet) -> Table:
     return table
 
 
-def quadrant_table(picture: Quadrants, metric: str) -> Table:
-    """Basis against batch; a cell lists its methods."""
+def quadrant_table(picture: Quadrants) -> Table:
+    """Basis against batch; a cell lists the values of the methods in the order of `methods_of`."""
     methods = methods_of(picture)
-    table = Table(title=f"{picture.title}: {metric}, {' | '.join(methods)}", title_justify="left")
+    table = Table()
     table.add_column("")
     for basis in ("identity basis", "GN basis"):
         table.add_column(basis, justify="right")

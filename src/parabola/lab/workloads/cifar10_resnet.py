@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from parabola.curvature import sampled_loss
 from parabola.lab.data import read_cifar, require, shuffled
 from parabola.lab.models import ResNet
 from parabola.lab.workload import Setting, Workload
@@ -101,6 +102,10 @@ class Cifar10ResNet(Workload):
         """Cross-entropy in nats."""
         images, labels = batch
         return functional.cross_entropy(model(_normalize(images)), labels)
+
+    def curvature_loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """The same on labels drawn from the model."""
+        return sampled_loss(model(_normalize(batch[0])), "cross_entropy")
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Accuracy and cross-entropy on the validation images."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from parabola.curvature import sampled_loss
 from parabola.lab.data import shuffled
 from parabola.lab.models import mlp
 from parabola.lab.workload import Setting, Workload
@@ -52,6 +53,37 @@ class Digits(Workload):
             {"lr": 0.0956, "betas": (0.9, 0.95), "floor": 0.0806, "weight_decay": 0.01},
             _TUNED + "6.0e-04",
         ),
+        "soap": Setting(
+            {"lr": 0.0938, "betas": (0.9, 0.95), "weight_decay": 0.0}, _TUNED + "6.3e-05"
+        ),
+        "ginger": Setting(
+            {"lr": 0.0556, "betas": (0.9, 0.95), "rank": 32, "weight_decay": 0.01},
+            _TUNED + "0.0019",
+        ),
+        "sophia": Setting(
+            {"lr": 0.0118, "betas": (0.9, 0.95), "rho": 0.264, "weight_decay": 0.01},
+            _TUNED + "0.0031",
+        ),
+        "gn": Setting(
+            {
+                "lr": 0.0115,
+                "betas": (0.9, 0.95),
+                "damping": 0.001,
+                "clip": 1.0,
+                "weight_decay": 0.01,
+            },
+            _TUNED + "0.0037",
+        ),
+        "gn-sqrt": Setting(
+            {
+                "lr": 0.043,
+                "betas": (0.95, 0.99),
+                "damping": 0.001,
+                "clip": 1.0,
+                "weight_decay": 0.0,
+            },
+            _TUNED + "0.081",
+        ),
     }
 
     def load(self, data_dir: Path) -> None:
@@ -79,6 +111,10 @@ class Digits(Workload):
         """Cross-entropy in nats."""
         images, labels = batch
         return functional.cross_entropy(model(images), labels)
+
+    def curvature_loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """The same on labels drawn from the model."""
+        return sampled_loss(model(batch[0]), "cross_entropy")
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Cross-entropy over all training images and accuracy on the held-out ones."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from parabola.curvature import sampled_loss
 from parabola.lab.data import read_idx, require, shuffled
 from parabola.lab.models import mlp
 from parabola.lab.workload import Setting, Workload
@@ -94,6 +95,11 @@ class MnistAutoencoder(Workload):
         pixels = batch.float() / 255.0
         total = functional.binary_cross_entropy_with_logits(model(pixels), pixels, reduction="sum")
         return total / len(batch)
+
+    def curvature_loss(self, model: nn.Module, batch: Tensor) -> Tensor:
+        """The same on black and white pixels drawn from the model."""
+        outputs = model(batch.float() / 255.0)
+        return sampled_loss(outputs, "binary_cross_entropy", reduction="batchmean")
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Loss on the first 10,000 training images and on the test images."""
