@@ -41,7 +41,8 @@ def main() -> int:
         outcome = experiments[name].run(Context())
         item = Finished(experiments[name], None, outcome, None, time.perf_counter() - began)
         path = arguments.folder / f"study-{name}.png"
-        write_picture(item, Settings(), path, PICTURES[name])
+        width = 1200 if len(PICTURES[name]) > 1 else 640
+        write_picture(item, Settings(), path, PICTURES[name], width=width)
         print(f"wrote {path}")
     return 0
 

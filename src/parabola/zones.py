@@ -62,7 +62,8 @@ def _zone(piece: Bucket, cuts: Sequence[tuple[int, int, int, int]]) -> Zone:
     """A zone of runs ``(first element, end, first member, members)``."""
     runs, sizes = [], []
     for start, end, first, count in cuts:
-        rows = piece.state[FACTOR].mT[:, start:end].unflatten(1, (count, -1)).transpose(0, 1)
+        rows = piece.state[FACTOR].mT[:, start:end]
+        rows = rows.view(len(rows), count, (end - start) // count).transpose(0, 1)
         runs.append(Run(start, end, slice(first, first + count), rows))
         sizes += [(end - start) // count] * count
     members = slice(runs[0].members.start, runs[-1].members.stop)

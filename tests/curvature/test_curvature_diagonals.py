@@ -193,29 +193,27 @@ BAD = {
     "full": ({"basis": torch.eye(3)}, r"Invalid basis: shape \(3, 3\).*\(27, 27\)"),
     "name": ({"basis": {"1.weight": (None, None)}}, "Invalid basis: '1.weight'.*0.weight"),
     "side": ({"basis": {"0.weight": (torch.eye(4), None)}}, r"basis of 0.weight.*\(3, 3\)"),
-    "inputs": ({"inputs": (normal(6, 4), 2.0)}, "Invalid inputs for a method of single samples"),
 }
 
 
 @pytest.mark.parametrize("change", BAD.values(), ids=list(BAD))
 def test_a_wrong_argument_is_named(change):
     options, message = change
-
-    class Scaled(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner = net(4, 3, 3)
-            self.__dict__["named_parameters"] = self.inner.named_parameters
-
-        def forward(self, x, scale=1.0):
-            return self.inner(x) * scale
-
-    model = net(4, 3, 3) if "inputs" not in options else Scaled().inner
-    if "inputs" in options:
-        model.forward = lambda x, scale: nn.Sequential.forward(model, x) * scale
-    given_ = {"inputs": normal(6, 4), "kind": "cross_entropy", **options}
+    options = {"kind": "cross_entropy", **options}
     with pytest.raises(ValueError, match=message):
-        gauss_newton_diagonal(model, **given_)
+        gauss_newton_diagonal(net(4, 3, 3), normal(6, 4), **options)
+
+
+@pytest.mark.parametrize("scale", [2.0, torch.ones(2)], ids=["number", "length"])
+def test_single_samples_need_a_batch_in_every_input(scale):
+    class Scaled(nn.Linear):
+        def forward(self, x, scale):
+            return super().forward(x) * scale
+
+    message = "Invalid inputs for a method of single samples"
+    with pytest.raises(ValueError, match=message):
+        gauss_newton_diagonal(Scaled(3, 2), (torch.zeros(5, 3), scale), "mse")
+    gauss_newton_diagonal(Scaled(3, 2), (torch.zeros(5, 3), scale), "mse", method="gnb")
 
 
 def test_a_model_that_moves_its_batch_axis_is_refused():

@@ -28,6 +28,7 @@ from parabola.kernels.threads import LIKE, THREADED, plain, pool
 CANCELLED = {torch.float32: 1e-8, torch.float64: 1.0}
 """Smaller squared lengths, in units of the terms that add up to them, are measured."""
 
+
 def supports(dtype: torch.dtype, options: Mapping[str, Any]) -> bool:
     """Whether there is a step for parameters of this dtype with these options."""
     return (

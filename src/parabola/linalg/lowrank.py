@@ -7,10 +7,10 @@ A statistic $S = W W^T$ of rank r, $W$ of shape d x r, follows vectors $h_1 \dot
 
 (2)  $(\gamma I + W W^T)^{-1} x = \bigl(x - W (\gamma I + W^T W)^{-1} W^T x\bigr) / \gamma$
 
-Everything in (1) is a combination of the columns $Y = [\sqrt a\,W, \sqrt{b/k}\,h_1, \dots]$, so that
-an eigendecomposition of $Y^T Y$, a matrix of side r + k, does it: $W \leftarrow Y V$ with the leading
-eigenvectors V. The columns of W come out orthogonal, with the eigenvalues as their squared lengths,
-and (2) holds for every W, orthogonal or not. See Ginger, Hao et al. 2024
+Everything in (1) is a combination of the columns $Y = [\sqrt a\,W, \sqrt{b/k}\,h_1, \dots]$, so
+that an eigendecomposition of $Y^T Y$, a matrix of side r + k, does it: $W \leftarrow Y V$ with the
+leading eigenvectors V. The columns of W come out orthogonal, with the eigenvalues as their squared
+lengths, and (2) holds for every W, orthogonal or not. See Ginger, Hao et al. 2024
 (https://arxiv.org/abs/2402.03295), which keeps $(\gamma I + S)^{-1}$ instead.
 
 All inner products are formed in float64, of vectors divided by their largest element.
@@ -35,7 +35,7 @@ class Principal(NamedTuple):
 
 
 class Spectrum(NamedTuple):
-    """A low-rank matrix $U \\, \\mathrm{diag}(s) \\, U^T$.
+    """A low-rank matrix U diag(s) U^T.
 
     Attributes:
         basis: ``(..., d, r)`` orthonormal columns; zero where the eigenvalue is.

@@ -8,7 +8,7 @@ as fast as the gradient's own squares are: both averages remember about 20 steps
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Protocol, cast
@@ -31,11 +31,12 @@ BETAS = (0.9, 0.95)
 REFRESH = 10
 VECTORS = 4
 EVALUATED = 32  # batches on which the loss is evaluated
-CHECKS = 20  # evaluations of a run
+CHECKS = 10  # evaluations of a run
 KINDS = ("cross_entropy", "binary_cross_entropy", "mse")
 
-# Where the search for a learning rate starts, as a power of two.
-START = {"Adam": -7, "GN^-1/2": -7, "GN^-1": -9}
+# Powers of two at which the search for a learning rate begins. The loss against the rate may have
+# a plateau in front of its valley, so that the search must not begin in one place.
+GRID = (-11, -9, -7, -5, -3, -1)
 
 
 class Task(Protocol):
@@ -129,11 +130,6 @@ class Cell:
     steps: int
     refine: bool
 
-    @property
-    def method(self) -> str:
-        """The name of the method, without its basis."""
-        return "Adam" if self.source == "gradient" else {0.5: "GN^-1/2", 1.0: "GN^-1"}[self.power]
-
 
 def optimizer(model: nn.Module, cell: Cell, lr: float) -> parabola.Diagonal:
     """The method of a cell."""
@@ -208,7 +204,7 @@ def compute(cell: Cell) -> Row:
         runs[exponent] = [train(task, cell, 2.0**exponent, seed) for seed in cell.seeds]
         return _median([run[-1] for run in runs[exponent]])
 
-    search(score, START[cell.method], cell.refine)
+    search(score, cell.refine)
     first, _ = next(task.batches(0))
     exponents = sorted(runs)
     return best_row(
@@ -226,26 +222,21 @@ def compute(cell: Cell) -> Row:
     )
 
 
-def search(
-    score: Callable[[int], float], start: int, refine: bool, most: int = 6
-) -> Mapping[int, float]:
-    """Scores by exponent of two: steps of two until the best is inside, then its neighbors.
+def search(score: Callable[[int], float], refine: bool, most: int = 4) -> dict[int, float]:
+    """Scores by exponent of two: a grid that grows until the best is inside, then its neighbors.
 
     Args:
         score: Lower is better.
-        start: Where to begin.
         refine: Look at the neighbors of the best.
-        most: So many steps beyond the first three.
+        most: So many steps beyond the grid.
     """
-    seen = {e: score(e) for e in (start - 2, start, start + 2)}
+    seen = {e: score(e) for e in GRID}
     for _ in range(most):
-        best = min(seen, key=lambda e: (seen[e], -e))
-        if best == min(seen):
-            seen[best - 2] = score(best - 2)
-        elif best == max(seen):
-            seen[best + 2] = score(best + 2)
-        else:
+        best = min(seen, key=lambda e: seen[e])
+        if best not in (min(seen), max(seen)):
             break
+        further = best - 2 if best == min(seen) else best + 2
+        seen[further] = score(further)
     if refine:
         best = min(seen, key=lambda e: seen[e])
         for e in (best - 1, best + 1):

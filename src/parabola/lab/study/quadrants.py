@@ -26,7 +26,7 @@ STEPS = 200
 LARGE = 16
 METHODS = (
     ("gradient", 0.5, (0.0,)),
-    ("gauss_newton", 0.5, (1e-3, 1e-1)),
+    ("gauss_newton", 0.5, (1e-2, 1.0)),
     ("gauss_newton", 1.0, (1e-2, 1.0)),
 )
 BASES = ("identity", "kronecker")

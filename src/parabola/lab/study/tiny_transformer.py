@@ -21,7 +21,7 @@ from parabola.lab.study.network_sweeps import picture, tuned
 from parabola.lab.study.network_sweeps import settings_sheet
 
 VOCABULARY, LENGTH, WIDTH, HEADS = 16, 16, 32, 2
-SMALL, LARGE = 16, 128
+SMALL, LARGE = 16, 64
 STEPS = 200
 SHARPNESS = 1.5  # standard deviation of the logarithms of transition probabilities
 TEXT = 200_000  # tokens
