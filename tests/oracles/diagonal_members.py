@@ -20,21 +20,21 @@ def descending_eigenvectors(matrix: Tensor) -> Tensor:
 
 
 def published_soap(param, grads, *, lr, betas, eps, weight_decay, update_every):
-    """SOAP's own scheme (arXiv:2409.11321, algorithm 3) on one matrix; returns its trajectory.
+    """SOAP's own scheme (arXiv:2409.11321, algorithm 3) on one matrix; yields its trajectory.
 
     The first gradient builds the bases and is not applied; a basis meets the gradients after those
     it was made from; the momentum stays in the basis and is rotated there and back around every
     update of the statistics; second moments are permuted with the columns, not rotated.
     """
     b1, b2 = betas
-    p, path = double(param), []
+    p = double(param)
     m, v = torch.zeros_like(p), torch.zeros_like(p)
     left = right = u = w = None
     for step, grad in enumerate(double(g) for g in grads):
         if step == 0:
             left, right = (1 - b2) * grad @ grad.T, (1 - b2) * grad.T @ grad
             u, w = descending_eigenvectors(left), descending_eigenvectors(right)
-            path.append(p.clone())
+            yield p.clone()
             continue
         seen = u.T @ grad @ w
         m = b1 * m + (1 - b1) * seen
@@ -51,8 +51,7 @@ def published_soap(param, grads, *, lr, betas, eps, weight_decay, update_every):
             u = torch.linalg.qr(left @ u[:, rows])[0]
             w = torch.linalg.qr(right @ w[:, columns])[0]
         m = u.T @ m @ w
-        path.append(p.clone())
-    return path
+        yield p.clone()
 
 
 def sophia_g(param, grads, probes, *, lr, betas, rho, weight_decay):
