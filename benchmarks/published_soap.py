@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SOAP as its authors published it (arXiv:2409.11321), for `step_cost.py`: the scheme, not the code.
+"""SOAP as its authors published it (arXiv:2409.11321), for `step_cost.py`: their scheme.
 
 A loop over parameters. Every step rotates the gradient into the basis and the direction back, and
 takes the first moment out of the basis and in again, because the basis may have changed between:
@@ -63,7 +63,7 @@ class PublishedSOAP(Optimizer):
 
     @staticmethod
     def _rotate(x: Tensor, bases: list, *, back: bool) -> Tensor:
-        for q in bases:  # each product moves the first axis to the end: after all, they are in order
+        for q in bases:  # each product moves the first axis to the end
             if q is None:
                 x = x.permute(*range(1, x.dim()), 0)
             else:

@@ -8,10 +8,10 @@ import warnings
 import pytest
 import torch
 import torch.multiprocessing
-from methods import make_grads, make_params
 from torch import nn
 
 import parabola
+from methods import make_grads, make_params
 from parabola.curvature import sampled_loss
 
 EVERY_FED = {
@@ -304,6 +304,7 @@ def _rank(rank: int, folder: str) -> None:
     (vector,) = optimizer._feed.vectors
     optimizer.step()
     torch.save((vector[w], w.detach(), gradient), f"{folder}/rank{rank}")
+    del model, noise  # a live wrapper may hang while the group goes
     torch.distributed.destroy_process_group()
 
 

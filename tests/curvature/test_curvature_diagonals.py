@@ -88,7 +88,7 @@ def test_every_estimator_is_unbiased_in_every_basis(method, name):
 def test_every_estimator_is_unbiased_for_every_loss(case, method):
     model = case.model()
     expected = dense_matrix(case, model).diagonal()
-    groups = [flat(diagonal(case, model, method=method, samples=50)) for _ in range(40)]
+    groups = [flat(diagonal(case, model, method=method, samples=50)) for _ in range(25)]
     assert_mean(torch.stack(groups), expected, 5.0)
 
 
@@ -113,7 +113,7 @@ def test_gnb_is_the_square_of_a_sampled_losss_gradient(case):
     torch.testing.assert_close(flat(found), h.square(), rtol=1e-6, atol=1e-12)
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 5, 7, 1000])
+@pytest.mark.parametrize("chunk", [1, 5, 1000])
 @pytest.mark.parametrize("method", ["exact", *ESTIMATORS])
 def test_chunks_change_nothing(method, chunk):
     for name in ("ce", "ce-masked-tokens"):
@@ -136,7 +136,7 @@ def test_one_draw_of_mc_spreads_less_than_one_of_gnb():
     model = c.model()
     spread = {}
     for method in ("mc", "gnb", "factor"):
-        probes = torch.stack([flat(diagonal(c, model, method=method)) for _ in range(300)])
+        probes = torch.stack([flat(diagonal(c, model, method=method)) for _ in range(150)])
         spread[method] = (probes.std(0) / probes.mean(0)).median()
     assert spread["mc"] < 0.6 * spread["gnb"]
     assert spread["mc"] < 0.6 * spread["factor"]

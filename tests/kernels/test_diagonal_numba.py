@@ -7,9 +7,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from methods import make_grads, make_params
 
 import parabola
+from methods import make_grads, make_params
 
 pytest.importorskip("numba")
 

@@ -59,9 +59,9 @@ def gauss_newton_diagonal(
 ) -> Named:
     r"""$D_i = u_i^\top G u_i$, the diagonal of the Gauss-Newton matrix in the basis U.
 
-    The model runs in the mode it is in; buffers and the random state of its dropout are as before
-    afterwards. ``"exact"`` and ``"mc"`` look at every row of axis 0 by itself and refuse BatchNorm
-    in training mode.
+    The model runs in the mode it is in. Its buffers are as before afterwards, and its dropout draws
+    no number of the training's; labels and signs do, unless there is a ``generator``. ``"exact"``
+    and ``"mc"`` look at every row of axis 0 by itself and refuse BatchNorm in training mode.
 
     Args:
         model: Returns one tensor, outputs with the batch on axis 0.

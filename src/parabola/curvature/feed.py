@@ -74,7 +74,8 @@ def captured(params: Sequence[Tensor], tick: int, scaler: GradScaler | None) -> 
         factor = terms.correction()
         if scaler is not None:
             factor = factor / scaler.get_scale()
-        vector.update({p: g * factor for p, g in given.items()})  # copies: p.grad is the user's
+        # Copies, because p.grad is the user's.
+        vector.update({p: (g * factor).to(g.dtype) for p, g in given.items()})
     finally:
         for p, before in zip(params, kept, strict=True):
             p.grad = before

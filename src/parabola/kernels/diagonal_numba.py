@@ -67,7 +67,17 @@ def _scales(
 
 @part
 def _sweep(
-    p: Any, g: Any, m: Any, v: Any, s: Any, low: int, n: int, factor: Any, ridge: Any, mode: int, c: Any
+    p: Any,
+    g: Any,
+    m: Any,
+    v: Any,
+    s: Any,
+    low: int,
+    n: int,
+    factor: Any,
+    ridge: Any,
+    mode: int,
+    c: Any,
 ) -> None:
     sign, coupled, beta1, new1, inverse1 = c[SIGN], c[COUPLED], c[BETA1], c[NEW1], c[INVERSE1]
     clip, lr, keep, zero = c[CLIP], c[LR], c[KEEP], c[ZERO]
@@ -185,11 +195,7 @@ def _constants(t: int, options: Mapping[str, Any], dtype: Any) -> tuple[Any, int
         KEEP: 1.0 - lr * decay if options["decoupled"] else 1.0,
         ZERO: 0.0,
     }
-    mode = (
-        ROOT * (options["power"] == 0.5)
-        | POSITIVE * (estimates and not rms)
-        | RMS * rms
-    )
+    mode = ROOT * (options["power"] == 0.5) | POSITIVE * (estimates and not rms) | RMS * rms
     return np.array([values[i] for i in range(len(values))], dtype), mode
 
 

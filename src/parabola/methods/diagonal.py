@@ -294,7 +294,7 @@ def _graft(options: Options) -> str | None:
 
 
 def _needs_values(options: Options) -> bool:
-    return options["spectrum"] == "product" or options["factors"] == "kl"
+    return bool(options["spectrum"] == "product" or options["factors"] == "kl")
 
 
 def _bases(state: State, block: Block, options: Options, n: int) -> dict[int, Tensor]:
