@@ -71,39 +71,6 @@ def sonew(**options: Any) -> Callable[[Parameters], list[Optimizer]]:
     return lambda params: [parabola.SONew(params, LR, betas=BETAS, start_step=0, **options)]
 
 
-def soap(params: Parameters) -> list[Optimizer]:
-    """This library's SOAP."""
-    options = {"block_size": BLOCK, "update_every": EVERY, "betas": BETAS}
-    return [parabola.SOAP(params, LR, **options)]
-
-
-def published_soap(params: Parameters) -> list[Optimizer]:
-    """The scheme of SOAP's authors: longer axes stay as they are, none is cut or merged."""
-    from published_soap import PublishedSOAP
-
-    return [PublishedSOAP(tensors(params), LR, betas=BETAS, every=EVERY, longest=BLOCK)]
-
-
-def fed(make: Callable[[Parameters], Optimizer]) -> Callable[[Parameters], list[Optimizer]]:
-    """An optimizer that takes curvature from outside, given one vector."""
-
-    def build(params: Parameters) -> list[Optimizer]:
-        optimizer = make(params)
-        with optimizer.curvature():
-            for p in tensors(params):
-                p.grad = torch.randn_like(p)
-        return [optimizer]
-
-    return build
-
-
-def gauss_newton(params: Parameters) -> Optimizer:
-    """Diagonal Gauss-Newton in the identity basis, between two vectors of its curvature."""
-    options = {"curvature": "gauss_newton", "power": 1.0, "damping": 1e-3, "clip": 1.0}
-    return parabola.Diagonal(params, LR, betas=BETAS, update_every=10**6, **options)
-
-
-SOAP, PUBLISHED_SOAP, GAUSS_NEWTON = "Parabola SOAP", "SOAP as published", "Parabola Diagonal GN"
 SHAMPOO = "Parabola Shampoo"
 JORGE = "Parabola Jorge"
 SONEW = "Parabola SONew"
@@ -119,9 +86,6 @@ OWN = [
     Contender("Parabola Shampoo, staggered", shampoo(refresh="staggered"), "parabola"),
     # Its first 2 sqrt(1024) steps all update the roots.
     Contender(JORGE, jorge, "parabola", refreshes=True, warmup=7),
-    Contender(SOAP, soap, "parabola", refreshes=True),
-    Contender(PUBLISHED_SOAP, published_soap, "peer", refreshes=True, rival=SOAP),
-    Contender(GAUSS_NEWTON, fed(gauss_newton), "diagonal"),
     Contender(SONEW, sonew(), "sonew"),
     Contender(SONEW_BAND4, sonew(band=4), "sonew"),
     Contender(SONEW_PLAIN, sonew(kernels="torch"), "sonew"),

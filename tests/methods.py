@@ -403,7 +403,15 @@ METHODS = [
         refused=_SOPHIA_REFUSES,
     ),
     _ginger("adam", twins=_SONEW_TWINS),
-    _ginger("plain", kernels="torch", rank=1, debias=True, update_every=2, twins=_SONEW_TWINS),
+    _ginger(
+        "plain",
+        solo=False,
+        kernels="torch",
+        rank=1,
+        debias=True,
+        update_every=2,
+        twins=_SONEW_TWINS,
+    ),
     _ginger("model", solo=False, blocks="model", graft="sgd", momentum=0.9, decoupled=False),
     _ginger("bare", graft=None, damping=1.0, compensate=True, clip=0.5),
 ]

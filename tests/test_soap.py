@@ -231,7 +231,7 @@ def test_the_product_of_either_factors_is_the_covariance_itself(factors):
     p.grad = grad.clone()
     optimizer.step()
     expected = torch.linalg.inv(root(a)) @ grad @ torch.linalg.inv(root(b))
-    assert (-p.detach() - expected).norm() < 0.1 * expected.norm()
+    assert (-p.detach() - expected).norm() < 0.2 * expected.norm()
 
 
 def test_kl_factors_weigh_the_other_side():

@@ -39,8 +39,8 @@ def entries(block: Block, options: Options, filter_direction: bool) -> dict[str,
     }
     if filter_direction:  # the filters of the gradient belong to the graft alone
         needed["exp_avg"] &= graft == "adam"
-        needed["momentum_buffer"] &= graft == "sgd" or (graft is None and not block.axes)
-        needed["exp_avg_direction"] = keeps and bool(block.axes)
+        needed["momentum_buffer"] &= graft == "sgd" or (graft is None and not block.treated)
+        needed["exp_avg_direction"] = keeps and block.treated
     return {name: Entry(block.shape) for name, wanted in needed.items() if wanted}
 
 
@@ -163,7 +163,7 @@ def fused_adam(bucket: Bucket, options: Options) -> bool:
     """True where torch's fused Adam kernel does all that the options ask of these rows."""
     return (
         not bucket.block.shape
-        and not bucket.block.axes
+        and not bucket.block.treated
         and options["graft"] == "adam"
         and "momentum_buffer" not in bucket.state
         and options["betas"][0] > 0

@@ -49,7 +49,7 @@ def routes_of(method: Method, group: Mapping[str, Any]) -> list[Route]:
 def options_of(method: Method, block: Block, group: Options) -> Options:
     """The keywords that hold for a block: the group's, and what the method derives from them."""
     options = method.settings(group)
-    if block.axes and not method.grafts:
+    if block.treated and not method.grafts:
         return {**options, "graft": None}
     return options
 
@@ -57,18 +57,18 @@ def options_of(method: Method, block: Block, group: Options) -> Options:
 def entries(method: Method, block: Block, group: Options) -> dict[str, Entry]:
     """All state tensors of one block on the device: the engine's, and the method's."""
     options = options_of(method, block, group)
-    own = method.init(block, options) if block.axes else {}
+    own = method.init(block, options) if block.treated else {}
     return {**grafting.entries(block, options, method.filter_direction), **own}
 
 
 def factors(method: Method, block: Block, options: Options) -> dict[str, float]:
     """What of a block is refreshed: nothing where no axis is preconditioned."""
-    return method.factors(block, options) if block.axes else {}
+    return method.factors(block, options) if block.treated else {}
 
 
 def numbers(method: Method, block: Block, options: Options) -> tuple[str, ...]:
     """What is kept once a block, or once a parameter of a run."""
-    return method.numbers(block, options) if block.axes else ()
+    return method.numbers(block, options) if block.treated else ()
 
 
 def signature(method: Method, group: Options) -> tuple[Any, ...]:

@@ -43,12 +43,13 @@ class Block:
 
     Attributes:
         shape: Side lengths of one block; ``()`` for the elements of a run.
-        axes: The axes of ``shape`` that are preconditioned; ``(0,)`` for elements of a run on which
-            the method works, alone or along chains; ``()`` where only the graft's step is taken.
+        axes: The axes of ``shape`` that are preconditioned; ``(0,)`` for a run of chains.
+        elements: Whether the method works on the elements one by one, without any axis.
     """
 
     shape: tuple[int, ...]
     axes: tuple[int, ...]
+    elements: bool = False
 
     @property
     def numel(self) -> int:
@@ -57,8 +58,8 @@ class Block:
 
     @property
     def treated(self) -> bool:
-        """True for the elements of a run on which the method works."""
-        return not self.shape and bool(self.axes)
+        """False where only the graft's step is taken."""
+        return self.elements or bool(self.axes)
 
 
 class Entry(NamedTuple):

@@ -109,9 +109,9 @@ class SecondOrder(Optimizer):
             if grafting.fused_adam(bucket, options):
                 grafting.fused_adam_step(bucket, own, layout.steps_of(bucket), options)
                 continue
-            vectors = self._vectors(bucket, own, due, options) if bucket.block.axes else []
+            vectors = self._vectors(bucket, own, due, options) if bucket.block.treated else []
             with torch.autocast(bucket.device.type, enabled=False):
-                if not bucket.block.treated:
+                if bucket.block.shape or not bucket.block.treated:
                     self._advance(bucket, own, vectors, options)
                 elif isinstance(method, ChainMethod):
                     chains.step(method, exchange, bucket, own, options)
@@ -132,7 +132,7 @@ class SecondOrder(Optimizer):
         method, block = self.method, bucket.block
         given = [bucket.stack(vector) for vector in vectors if vector is not grads]
         g = self._exchange.collect(bucket, grads, options)
-        if block.axes:
+        if block.treated:
             with full_precision():
                 if vectors:
                     method.accumulate(bucket.state, given or [g], block, options)
@@ -148,7 +148,7 @@ class SecondOrder(Optimizer):
         a = d = grafting.direction(bucket.state, m, correction, options)
         if early:
             a = d = grafting.momentum(bucket, a, options)
-        rows: bool | Tensor = bool(block.axes)
+        rows: bool | Tensor = block.treated
         if rows and method.grafts:
             rows = ready(bucket, options)
         if rows is not False:
@@ -159,7 +159,7 @@ class SecondOrder(Optimizer):
                 d = grafting.rescale(bucket, d, a)
             if rows is not True:
                 d = torch.where(bucket.expand(rows), d, a)
-        if block.axes:
+        if block.treated:
             d = method.restore(bucket.state, d, block, options)
         if not early:
             d = grafting.momentum(bucket, d, options)

@@ -114,11 +114,14 @@ def spanned(shape: tuple[int, ...]) -> Route:
 
 
 def elements(route: Route) -> Route:
-    """The same route, in which the method treats what is not cut into blocks by elements."""
-    if route.reason == "empty" or route.tiles[0].block.shape:
+    """The same route, in which the method works on the elements where no axis is left to it."""
+    if route.reason == "empty":
         return route
-    (tile,) = route.tiles
-    return Route((replace(tile, block=Block((), (0,))),), route.reason)
+    tiles = (
+        tile if tile.block.axes else replace(tile, block=replace(tile.block, elements=True))
+        for tile in route.tiles
+    )
+    return Route(tuple(tiles), route.reason)
 
 
 _Span = tuple[int, int | None, int, tuple[int, ...]]

@@ -157,3 +157,17 @@ def test_other_choices_of_curvature_stay(digits):
     assert setting(Bare(), "ginger:curvature=empirical").options["curvature"] == "empirical"
     assert "curvature_loss" not in setting(Bare(), "ginger:curvature=empirical").tuned
     assert "curvature" not in setting(Bare(), "shampoo").options
+
+
+def test_curvature_of_low_rank_decides_where_it_is_of_low_rank():
+    task = find_workload("spiked-regression")
+    task.load(None)
+    task.evaluations = 1
+
+    def final(name, **options):
+        chosen = {**setting(task, name).options, **options}
+        return run(task, name, chosen, steps=400)["final_metric"]
+
+    first_order = min(final("sgd"), final("adamw"))
+    assert final("ginger") < 1e-4 * first_order
+    assert final("ginger", rank=2) > 1e4 * final("ginger")  # two of four eigenvalues are left

@@ -219,9 +219,15 @@ class DiagonalOracle:
             d = torch.ones_like(piece.d)
             for axis in piece.axes:
                 shape = [-1 if a == axis else 1 for a in range(d.ndim)]
-                d = d * piece.spectrum[axis].view(shape)
-            trace = piece.spectrum[piece.axes[0]].sum()
-            d = d / trace ** (len(piece.axes) - 1) if trace > 0 else d
+                values = piece.spectrum[axis]
+                if values.sum() == 0:  # no basis yet: the coordinates are the elements
+                    values = piece.statistics[axis].diagonal()
+                total = values.sum()
+                d = d * (values / total if total > 0 else values).view(shape)
+            trace = piece.statistics[piece.axes[0]].trace()  # as of now, not of the last refresh
+            if o.bias_correction and o.betas[1] < 1 and piece.updates:
+                trace = trace / (1 - o.betas[1] ** piece.updates)
+            d = d * trace
             return d, d.mean()
         d = piece.d
         if o.bias_correction and o.betas[1] < 1 and piece.updates:
@@ -252,7 +258,4 @@ class DiagonalOracle:
             new = orthogonal_iteration(statistic, basis)
         piece.fresh[axis] = False
         piece.change_basis(axis, new)
-        gathered = 1.0
-        if o.bias_correction and o.betas[1] < 1:
-            gathered = 1 - o.betas[1] ** piece.updates
-        piece.spectrum[axis] = (new.T @ statistic @ new).diagonal().clamp(min=0.0) / gathered
+        piece.spectrum[axis] = (new.T @ statistic @ new).diagonal().clamp(min=0.0)

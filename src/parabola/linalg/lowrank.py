@@ -61,6 +61,10 @@ def principal(gram: Tensor, rank: int) -> Principal:
         Eigenvectors and eigenvalues, new tensors.
     """
     q = gram.shape[-1]
+    if q == 0:
+        return Principal(
+            gram.new_zeros(*gram.shape[:-1], rank), gram.new_zeros(*gram.shape[:-2], rank)
+        )
     scale = gram.diagonal(dim1=-2, dim2=-1).amax(-1)
     sound = gram.isfinite().all(-1).all(-1) & (scale > 0)
     scale = torch.where(sound, scale, 1.0)
@@ -123,25 +127,25 @@ def absorb_direct(spectrum: Spectrum, vectors: Tensor, *, decay: float) -> Spect
     Raises:
         ValueError: shapes or dtypes do not fit together.
     """
-    basis, values = spectrum
-    _check(basis, vectors)
+    basis, values = spectrum.basis.double(), spectrum.values.double()
+    _check(spectrum.basis, vectors)
     old, new = _weights(decay, vectors.shape[-1])
-    rank, rounding = basis.shape[-1], 10 * torch.finfo(basis.dtype).eps
-    values = old * values.double()
-    for h in vectors.split(1, dim=-1):
+    rank, rounding = basis.shape[-1], 10 * torch.finfo(vectors.dtype).eps
+    values = old * values
+    for h in torch.split(vectors.double(), 1, dim=-1):
         inside = basis.mT @ h
         rest = h - basis @ inside
         again = basis.mT @ rest
-        rest = rest - basis @ again
+        rest, inside = rest - basis @ again, inside + again
         length = rest.norm(dim=-2, keepdim=True)
         alive = length > rounding * h.norm(dim=-2, keepdim=True)
         column = torch.where(alive, rest / torch.where(alive, length, 1.0), 0.0)
-        basis = torch.cat([basis, column], -1)
-        w = torch.cat([inside + again, torch.where(alive, length, 0.0)], -2).double()
+        w = torch.cat([inside, torch.where(alive, length, 0.0)], -2)
         small = torch.diag_embed(torch.nn.functional.pad(values, (0, 1))) + new * w * w.mT
-        rotation, values = principal(small, basis.shape[-1])
-        basis = basis @ rotation.to(basis.dtype)
-    return Spectrum(basis[..., :rank].contiguous(), values[..., :rank].to(spectrum.values.dtype))
+        rotation, values = principal(small, basis.shape[-1] + 1)
+        basis = torch.cat([basis, column], -1) @ rotation
+    basis, values = basis[..., :rank], values[..., :rank]
+    return Spectrum(basis.to(spectrum.basis.dtype), values.to(spectrum.values.dtype))
 
 
 @torch.no_grad()
@@ -167,7 +171,8 @@ def solve(factor: Tensor, x: Tensor, damping: float) -> Tensor:
     w, right = factor.double(), x.double().unsqueeze(-1)
     inner = w.mT @ w
     inner.diagonal(dim1=-2, dim2=-1).add_(damping)
-    return ((right - w @ torch.linalg.solve(inner, w.mT @ right)) / damping).squeeze(-1).to(x.dtype)
+    found: Tensor = (right - w @ torch.linalg.solve(inner, w.mT @ right)) / damping
+    return found.squeeze(-1).to(x.dtype)
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ in the identity basis there is none.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from math import inf
 from typing import Any, ClassVar
 
 import torch
@@ -35,7 +36,7 @@ from parabola.options import FLAG, Check, one_of, optional, real
 LOST = 0.5
 """Misfit of a basis from which an exact decomposition leads back sooner than tracking does."""
 
-FLOOR = 1e-4
+FLOOR = 1e-2
 """Least eigenvalue, relative to the mean, by which one factor weights the vectors of the other."""
 
 
@@ -107,7 +108,7 @@ class DiagonalMethod(Method):
 
     def treats_elements(self, options: Options) -> bool:
         """In the identity basis, unless the graft does it."""
-        return not _adaptive(options)
+        return _graft(options) is None
 
     def fed(self, options: Options) -> bool:
         """All but the gradient's own statistic."""
@@ -121,16 +122,16 @@ class DiagonalMethod(Method):
     def init(self, block: Block, options: Options) -> dict[str, Entry]:
         """D, and for every rotated axis its factor and basis."""
         entries = {}
-        if options["spectrum"] == "measured" or not block.shape:
+        if options["spectrum"] == "measured" or not block.axes:
             entries["diagonal"] = Entry(block.shape)
         if isinstance(options["basis"], Tensor):
-            if block.shape and block.shape[0] != len(options["basis"]):
+            if block.axes and block.shape[0] != len(options["basis"]):
                 raise ValueError(
                     f"Invalid basis value: a matrix of {len(options['basis'])} rows for a "
                     f"parameter of {block.shape[0]} elements; allowed: as many rows as elements"
                 )
             return entries
-        for axis in block.axes if block.shape else ():
+        for axis in block.axes:
             side = (block.shape[axis],) * 2
             entries |= {name(axis): Entry(side), f"{name(axis)}_basis": Entry(side, "eye")}
             if _needs_values(options):
@@ -146,7 +147,7 @@ class DiagonalMethod(Method):
         self, state: State, vectors: Sequence[Tensor], block: Block, options: Options
     ) -> None:
         """Equation (1), the mean over the vectors."""
-        if isinstance(options["basis"], Tensor) or not block.shape:
+        if isinstance(options["basis"], Tensor):
             return
         old, new = decay(options["betas"][1])
         for axis in block.axes:
@@ -157,7 +158,7 @@ class DiagonalMethod(Method):
 
     def factors(self, block: Block, options: Options) -> dict[str, float]:
         """Every rotated axis on its own."""
-        if isinstance(options["basis"], Tensor) or not block.shape:
+        if isinstance(options["basis"], Tensor):
             return {}
         return {name(axis): float(block.shape[axis]) ** 3 for axis in block.axes}
 
@@ -248,8 +249,10 @@ class DiagonalMethod(Method):
         weight, d = state["weight"], _spectrum(state, block, options)
         if options["bias_correction"] and options["betas"][1] < 1:
             d.div_(weight)
+        clip = inf if options["clip"] is None else options["clip"]
         if _adaptive(options):
-            return torch.div(m, d.sqrt_().add_(options["eps"]), out=d)
+            torch.div(m, d.sqrt_().add_(options["eps"]), out=d)
+            return d if clip == inf else d.clamp_(-clip, clip)
         estimates = options["curvature"] == "hutchinson"
         if estimates:
             d = d.sqrt_() if options["average"] == "rms" else d.clamp_(min=0.0)
@@ -260,7 +263,7 @@ class DiagonalMethod(Method):
         scale = d.reciprocal_() if options["power"] == 1 else d.pow_(-options["power"])
         scale.masked_fill_(weight == 0, 0.0).nan_to_num_(posinf=0.0)
         scale.mul_(m)
-        return scale if options["clip"] is None else scale.clamp_(-options["clip"], options["clip"])
+        return scale if clip == inf else scale.clamp_(-clip, clip)
 
     def kernel(self, device: torch.device, dtype: torch.dtype, options: Options) -> Kernel | None:
         """In the identity basis: powers 1 and 1/2."""
@@ -272,8 +275,6 @@ class DiagonalMethod(Method):
 
     def cost(self, block: Block, options: Options) -> Cost:
         """Three products an axis (statistic, there, back); QR, and what moves D and m."""
-        if not block.shape:
-            return Cost(0.0, 0.0)
         sides = [block.shape[axis] for axis in block.axes]
         refresh = sum(12.0 * d**3 + 4.0 * d * block.numel for d in sides)
         return Cost(sum(6.0 * d * block.numel for d in sides), refresh)
@@ -286,7 +287,7 @@ def _adaptive(options: Options) -> bool:
 
 def _graft(options: Options) -> str | None:
     """The name under which the engine knows this form in the identity basis."""
-    if not _adaptive(options):
+    if not _adaptive(options) or options["clip"] is not None:
         return None
     if options["betas"][1] == 1.0:
         return "adagrad"
@@ -300,9 +301,7 @@ def _needs_values(options: Options) -> bool:
 def _bases(state: State, block: Block, options: Options, n: int) -> dict[int, Tensor]:
     """Axis -> its basis, ``(n, d, d)``."""
     fixed = options["basis"]
-    if not block.shape:
-        return {}
-    if isinstance(fixed, Tensor):
+    if isinstance(fixed, Tensor) and block.axes:
         like = next(iter(state.values()))
         return {0: fixed.to(like.device, like.dtype).expand(n, *fixed.shape)}
     return {axis: state[f"{name(axis)}_basis"] for axis in block.axes}
@@ -319,8 +318,8 @@ def _whitened(state: State, x: Tensor, axis: int, block: Block, options: Options
     """The vectors from which the factor of an axis is made.
 
     By the Kullback-Leibler divergence (Lin et al. 2025, arXiv:2509.03378) the other axes weigh in
-    with their inverse: H R^-1 H^T / n for H H^T, up to a constant: the weights here are at most 1,
-    so that no square overflows that would not without them.
+    with their inverse: H R^-1 H^T / n for H H^T. Here R is scaled: the weights leave the mean
+    of its eigenvalues at 1; for gradients A^(1/2) Z B^(1/2) any weights give a multiple of A.
     """
     if options["factors"] == "shampoo":
         return x
@@ -330,24 +329,34 @@ def _whitened(state: State, x: Tensor, axis: int, block: Block, options: Options
         basis, values = state[f"{name(other)}_basis"], state[f"{name(other)}_values"]
         mean = values.mean(dim=1, keepdim=True)
         relative = torch.where(mean > 0, values / mean, 1.0).clamp(min=FLOOR)
-        scale = (FLOOR / relative).sqrt().unsqueeze(1)
+        share = torch.where(mean > 0, values / mean, 1.0) / relative
+        scale = (relative * share.sum(dim=1, keepdim=True)).rsqrt().unsqueeze(1)
         turn = basis * scale
         x = multiply(turn if other == x.dim() - 2 else turn.mT, x, other)
     return x
 
 
 def _spectrum(state: State, block: Block, options: Options) -> Tensor:
-    """D without its bias correction, a new tensor."""
-    if options["spectrum"] == "measured" or not block.shape:
+    """D without its bias correction, a new tensor.
+
+    A product of spectra has the shape of the last refresh and the trace of now; before the first
+    one the diagonals of the factors stand in.
+    """
+    if "diagonal" in state:
         return state["diagonal"].clone()
-    values = [state[f"{name(axis)}_values"] for axis in block.axes]
-    d, n = torch.ones((), dtype=values[0].dtype, device=values[0].device), len(values[0])
-    for axis, own in zip(block.axes, values, strict=True):
+    d, first = torch.ones_like(state["weight"]), state[name(block.axes[0])]
+    for axis in block.axes:
+        values, diagonal = state[f"{name(axis)}_values"], state[name(axis)].diagonal(dim1=1, dim2=2)
+        values = torch.where(values.sum(1, keepdim=True) > 0, values, diagonal)
+        tiny = torch.finfo(values.dtype).tiny
+        share = values / values.sum(1, keepdim=True).clamp(min=tiny)
         shape = [1] * len(block.shape)
         shape[axis] = block.shape[axis]
-        d = d * own.view(n, *shape)
-    trace = values[0].sum(1).clamp(min=torch.finfo(d.dtype).tiny).view(n, *[1] * len(block.shape))
-    return (d / trace ** (len(values) - 1)).expand(n, *block.shape).clone()
+        d = d * share.view(-1, *shape)
+    trace = first.diagonal(dim1=1, dim2=2).sum(1).view(-1, *[1] * len(block.shape))
+    if options["factors"] == "kl":  # there both factors have the same mean eigenvalue
+        trace = trace * first.shape[1] ** (len(block.axes) - 1)
+    return (d * trace).expand(-1, *block.shape).clone()
 
 
 def _mean(state: State, d: Tensor, block: Block, options: Options) -> Tensor:

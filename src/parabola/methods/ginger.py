@@ -72,8 +72,8 @@ class GingerMethod(SpanMethod):
             spans.block_labels(options)
 
     def fed(self, options: Options) -> bool:
-        """Curvature comes from outside, unless it is the gradient's own."""
-        return bool(options["curvature"] != "empirical")
+        """Curvature comes from outside; the gradient's own may stand in for it."""
+        return True
 
     def init(self, block: Block, options: Options) -> dict[str, Entry]:
         """W; beside the moments, ``rank`` words an element."""
@@ -113,13 +113,14 @@ class GingerMethod(SpanMethod):
         outer = -(turned @ inner.unsqueeze(2)).squeeze(2)
         direction = torch.cat([outer, torch.ones_like(outer[:, :1])], 1)
         scale = bias / gamma
+        largest = torch.finfo(products.numbers["root_trace"].dtype).max
         return Combined(
             turned[owner] if k else None,
             direction[owner],
             scale[owner],
             None if options["clip"] is None else (options["clip"] / scale)[owner],
             sound[owner],
-            {"root_trace": trace.sqrt(), "weight": weight},
+            {"root_trace": trace.sqrt().clamp(max=largest), "weight": weight},
         )
 
     def _statistics(self, products: Products, options: Options) -> tuple[Tensor, Tensor]:
@@ -181,8 +182,8 @@ class Ginger(SecondOrder):
             or lists of names (or positions in the group); those in no list stay alone.
         compensate: Add the mean of the eigenvalues that are not kept to an absolute damping.
         update_every: Steps between updates of the curvature.
-        curvature: ``"gauss_newton"``: what ``opt.curvature()`` was given, or ``"empirical"``: the
-            gradient itself.
+        curvature: Of what: ``"gauss_newton"``: ``parabola.curvature.sampled_loss``;
+            ``"empirical"``: of ``empirical_loss``, or the gradient itself where nothing was given.
         weight_decay: Decoupled, as in AdamW; added to the gradient with ``decoupled=False``.
         decoupled: Where the decay goes.
         eps: Added to the graft's root of second moments.

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`parabola study` end to end: what it lists, prints and writes, and its exit code."""
 
+import io
 import json
 import os
 import re
@@ -8,6 +9,7 @@ from html import unescape
 
 import pytest
 import torch
+from rich.console import Console
 
 from parabola.lab.commands import app
 from parabola.lab.errors import UsageError
@@ -26,6 +28,7 @@ from parabola.lab.study.experiment import (
 )
 from parabola.lab.study.picture import write_picture
 from parabola.lab.study.record import Finished, Settings
+from parabola.lab.study.runner import Request, run_study
 
 ROWS = [
     best_row(
@@ -199,6 +202,17 @@ def elsewhere(parent):
 def spread(context):
     counts = context.map(elsewhere, [os.getpid()] * 4)
     return Outcome((), [context.check("four in other processes", sum(counts), "in", (4, 4))])
+
+
+def test_a_terminal_shows_a_bar_that_ends_full(tmp_path):
+    console = Console(force_terminal=True, file=io.StringIO(), width=100)
+    experiment = Experiment("good", "Good", "Does it pass?", outcome)
+    request = Request([(experiment, None)], Settings(seeds=1), 1, tmp_path)
+    (found,) = run_study(request, console)
+    assert found.passed
+    text = console.file.getvalue()
+    assert "3/3" in text
+    assert "running" not in text
 
 
 @pytest.mark.slow  # every process imports torch

@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 
-from parabola.lab.study import figures
+from parabola.lab.study import figures, tables
 from parabola.lab.study.experiment import (
     Context,
     Row,
@@ -30,6 +30,11 @@ def test_the_best_rate_has_the_lowest_median_and_says_whether_it_is_interior():
     assert found.medians == (5.0, 3.0, math.inf)
     assert not row(values=((1.0,), (2.0,), (3.0,))).interior
     assert not row(values=((3.0,), (2.0,), (1.0,))).interior
+
+
+def test_a_table_says_that_the_best_rate_is_at_the_edge():
+    assert tables.row_cells(row())[5] == "2"
+    assert tables.row_cells(row(values=((1.0,), (2.0,), (3.0,))))[5] == "1 (edge)"
 
 
 def test_of_equal_values_the_middle_is_the_best():

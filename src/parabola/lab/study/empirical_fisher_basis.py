@@ -7,7 +7,6 @@ of squared cosines |u_i . w_j|^2, which is doubly stochastic: 1 in each row for 
 everywhere for unrelated ones.
 """
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -32,7 +31,7 @@ from parabola.lab.study.experiment import (
 from parabola.lab.study.family import Rule, start, step
 from parabola.lab.study.figures import loss_curves, rate_curves, split
 from parabola.lab.study.network_runs import Method, State, train
-from parabola.lab.study.network_sweeps import sweep
+from parabola.lab.study.network_sweeps import recipe_sheet, settings_sheet, sweep
 from parabola.lab.study.networks import deltas, forward, jacobian, with_constant
 from parabola.lab.study.regression import diagonal_in, regression
 from parabola.lab.study.sweeps import factor
@@ -141,7 +140,7 @@ def _regression(item: Item) -> Found:
         theta = moved[:, :, 0]
         if (t + 1) % 12 == 0:
             curve.append(task.loss(theta) / initial)
-    values = (task.loss(theta) / initial).unflatten(0, (-1, REPLICAS)).median(1).values
+    values = (task.loss(theta) / initial).view(-1, REPLICAS, len(rates)).median(1).values
     row = best_row(
         "gauss_newton",
         1.0,
@@ -241,7 +240,7 @@ def _run(context: Context) -> Outcome:
         )
     ]
     rows = sorted((one.row for one in found), key=lambda row: (_task(row), BASES.index(row.basis)))
-    return Outcome(rows, checks, [_note(kept)], plots, sheets=[sheet])
+    return Outcome(rows, checks, [_note(kept)], plots, sheets=[sheet, *_settings(context)])
 
 
 def tuned_by_task(rows: list[Row]) -> list[Row]:
@@ -252,6 +251,24 @@ def tuned_by_task(rows: list[Row]) -> list[Row]:
         if key not in best or row.metric < best[key].metric:
             best[key] = row
     return list(best.values())
+
+
+def _settings(context: Context) -> list[Sheet]:
+    parity = sparse_parity.recipe("parity", sparse_parity.SMALL, context.steps(sparse_parity.STEPS))
+    return [
+        recipe_sheet(parity, task="parity", decay_of_gradient_outer_products=parity.betas[1]),
+        settings_sheet(
+            task="regression",
+            size=SIZE,
+            eigenvalues="1, 1/2, ..., 1/30",
+            steps=context.steps(STEPS),
+            batch=BATCH,
+            runs_per_seed=REPLICAS,
+            steps_between_refreshes=REFRESH,
+            decay_of_gradient_outer_products=DECAY,
+            diagonal="exact, of the covariance",
+        ),
+    ]
 
 
 def _task(row: Row) -> str:

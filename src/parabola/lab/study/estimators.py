@@ -23,6 +23,7 @@ from torch.func import functional_call, jacrev, vmap
 
 from parabola.curvature import gauss_newton_diagonal
 from parabola.lab.study.experiment import Context, Experiment, Note, Outcome, Sheet
+from parabola.lab.study.network_sweeps import settings_sheet
 
 ESTIMATORS = ("mc", "factor", "gnb", "hutchinson")
 BASES = ("identity", "kronecker", "full")
@@ -38,7 +39,7 @@ def instance(seed: int, sharpness: float) -> tuple[nn.Module, Tensor]:
         model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
         inputs = torch.randn(SAMPLES, 4, dtype=torch.float64)
     with torch.no_grad():
-        model[2].weight *= sharpness
+        model.get_parameter("2.weight").mul_(sharpness)
     return model, inputs
 
 
@@ -90,7 +91,7 @@ def bases(model: nn.Module, matrix: Tensor) -> dict[str, Tensor]:
     for p in model.parameters():
         stop = start + p.numel()
         if p.ndim == 2:
-            block = matrix[start:stop, start:stop].unflatten(0, p.shape).unflatten(2, p.shape)
+            block = matrix[start:stop, start:stop].reshape(*p.shape, *p.shape)
             left = torch.linalg.eigh(torch.einsum("aibi->ab", block)).eigenvectors
             right = torch.linalg.eigh(torch.einsum("aiaj->ij", block)).eigenvectors
             kronecker[start:stop, start:stop] = torch.kron(left, right)
@@ -213,7 +214,7 @@ def price(repeats: int) -> list[tuple[str, float, float]]:
                 model,
                 inputs,
                 "cross_entropy",
-                method=method,  # type: ignore[arg-type]
+                method=method,
             )
         )
         lines.append((method, took, took / unit))
@@ -311,6 +312,14 @@ def _run(context: Context) -> Outcome:
             price(5 if context.quick else 30),
         ),
     ]
+    sheets.append(
+        settings_sheet(
+            network="4-5-3, tanh, softmax cross-entropy, float64",
+            samples=SAMPLES,
+            draws=draws,
+            output_weights_of_the_confident_model_times=CONFIDENT,
+        )
+    )
     return Outcome((), checks, notes, sheets=sheets)
 
 

@@ -27,7 +27,7 @@ from parabola.lab.study.experiment import (
 )
 from parabola.lab.study.figures import loss_curves, rate_curves, split
 from parabola.lab.study.network_runs import Method, Recipe
-from parabola.lab.study.network_sweeps import picture, sweep, tuned, without_averages
+from parabola.lab.study.network_sweeps import picture, recipe_sheet, sweep, tuned, without_averages
 from parabola.lab.study.networks import Network
 
 HIDDEN = 64
@@ -153,7 +153,12 @@ def _run(context: Context) -> Outcome:
             )
             for name in ESTIMATORS
         ],
+        [recipe_sheet(_recipe(context), batch=f"{SMALL} and {LARGE} of 1,797 images")],
     )
+
+
+def _recipe(context: Context) -> Recipe:
+    return without_averages(recipe(SMALL, context.steps(STEPS)), context.fresh)
 
 
 def _gains(best: list[Row]) -> list[tuple[float, str]]:

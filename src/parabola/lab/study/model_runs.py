@@ -8,100 +8,111 @@ as fast as the gradient's own squares are: both averages remember about 20 steps
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 import parabola
-from parabola.curvature import sampled_loss
 from parabola.lab.data import data_folder
 from parabola.lab.errors import UsageError
-from parabola.lab.registry import load_object
-from parabola.lab.study.experiment import Row, best_row
+from parabola.lab.registry import find_workload, load_object
+from parabola.lab.study.experiment import Row, Sheet, best_row, method_name
+from parabola.lab.study.network_sweeps import settings_sheet
 from parabola.lab.study.sweeps import factor
-
-Batch = tuple[Any, Tensor]
 
 BETAS = (0.9, 0.95)
 REFRESH = 10
 VECTORS = 4
 EVALUATED = 32  # batches on which the loss is evaluated
 CHECKS = 10  # evaluations of a run
-KINDS = ("cross_entropy", "binary_cross_entropy", "mse")
 
 # Powers of two at which the search for a learning rate begins. The loss against the rate may have
 # a plateau in front of its valley, so that the search must not begin in one place.
 GRID = (-11, -9, -7, -5, -3, -1)
 
 
+class Setting(NamedTuple):
+    """A method with everything but its basis, batch and learning rate; fields as in `Cell`."""
+
+    source: str
+    power: float
+    damping: float = 0.0
+    clip: float | None = None
+
+
 class Task(Protocol):
-    """What a task must offer; a `parabola.lab.workload.Workload` with a `kind` does.
+    """What a task must offer, as in `parabola.lab.workload`: every workload with curvature is one.
 
-    Besides these, a task may have ``load(data_dir)``, called once before everything else;
-    ``loss(model, batch)``, the training loss, where it is not the mean that `kind` stands for; and
+    Besides these, a task may have ``load(data_dir)``, called once before everything else, and
     ``steps``, the length of a run.
-
-    Attributes:
-        kind: ``"cross_entropy"`` (classes along the last axis of the outputs),
-            ``"binary_cross_entropy"`` or ``"mse"``: what `parabola.curvature.sampled_loss` takes.
     """
-
-    kind: str
 
     def model(self) -> nn.Module:
         """A freshly initialized model, drawn from torch's global random state."""
         ...
 
-    def batches(self, seed: int) -> Iterator[Batch]:
-        """Endless pairs of inputs and targets, the same for the same seed."""
+    def batches(self, seed: int) -> Iterator[Any]:
+        """Endless batches, tensors or tuples, lists or dicts of them, the same for the same seed.
+
+        Axis 0 of every tensor is the batch.
+        """
+        ...
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """Training loss of one batch, a mean over it."""
+        ...
+
+    def curvature_loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """`parabola.curvature.sampled_loss` of the outputs, of the same kind and reduction."""
         ...
 
 
 def find_task(spec: str) -> Task:
-    """The task of ``path/to/task.py:MyTask`` or ``package.module:MyTask``, loaded.
+    """A task, loaded.
+
+    Args:
+        spec: ``path/to/task.py:MyTask``, ``package.module:MyTask``, or the name of a workload.
 
     Raises:
         UsageError: There is no such object, or something is missing in it.
     """
-    found = load_object(spec) if ":" in spec else None
-    if found is None:
-        raise UsageError(f"{spec!r} is no task: give path/to/task.py:MyTask")
+    found = load_object(spec) if ":" in spec else find_workload(spec)
     task = found() if isinstance(found, type) else found
-    missing = [word for word in ("kind", "model", "batches") if not hasattr(task, word)]
+    needed = ("model", "batches", "loss", "curvature_loss")
+    missing = [word for word in needed if not hasattr(task, word)]
     if missing:
         raise UsageError(
             f"{spec} is no task of the study: it has no {', '.join(missing)}"
             " (see parabola.lab.study.model_runs.Task)"
         )
-    if task.kind not in KINDS:
-        raise UsageError(f"{spec}: kind is {task.kind!r}, allowed are {', '.join(KINDS)}")
     if hasattr(task, "load"):
         task.load(data_folder())
     return cast(Task, task)
 
 
-def loss_of(task: Task, model: nn.Module, batch: Batch) -> Tensor:
-    """The task's own loss, or the mean loss of its kind."""
-    if hasattr(task, "loss"):
-        return cast(Tensor, task.loss(model, batch))
-    inputs, targets = batch
-    outputs = model(inputs)
-    if task.kind == "cross_entropy":
-        return functional.cross_entropy(outputs.flatten(0, -2), targets.flatten())
-    if task.kind == "binary_cross_entropy":
-        return functional.binary_cross_entropy_with_logits(outputs, targets)
-    return functional.mse_loss(outputs, targets)
+def joined(batches: Iterator[Any], count: int) -> Any:
+    """So many batches as one, along axis 0."""
+    return _together(list(islice(batches, count)))
 
 
-def joined(batches: Iterator[Batch], count: int) -> Batch:
-    """So many batches as one."""
-    parts = list(islice(batches, count))
-    return torch.cat([inputs for inputs, _ in parts]), torch.cat([targets for _, targets in parts])
+def _together(parts: Sequence[Any]) -> Any:
+    first = parts[0]
+    if isinstance(first, Tensor):
+        return torch.cat(list(parts))
+    if isinstance(first, Mapping):
+        return {key: _together([part[key] for part in parts]) for key in first}
+    return tuple(_together(column) for column in zip(*parts, strict=True))
+
+
+def size(batch: Any) -> int:
+    """Samples in a batch."""
+    if isinstance(batch, Tensor):
+        return len(batch)
+    return size(next(iter(batch.values() if isinstance(batch, Mapping) else batch)))
 
 
 @dataclass(frozen=True)
@@ -111,13 +122,14 @@ class Cell:
     Attributes:
         task: As for `find_task`: processes load the task themselves.
         source: ``"gradient"`` or ``"gauss_newton"``.
-        power: 0.5 or 1.
+        power: 0.5 or 1.0.
         basis: ``"identity"`` or ``"kronecker"``.
         joined: Batches of the task that make one batch of the run.
         damping: Added to the diagonal in units of its mean over a block.
         seeds: Seeds of model and data.
         steps: Steps of a run.
         refine: Look between the powers of four too.
+        clip: Largest coordinate of a direction, in the basis and before the learning rate.
     """
 
     task: str
@@ -129,6 +141,7 @@ class Cell:
     seeds: tuple[int, ...]
     steps: int
     refine: bool
+    clip: float | None = None
 
 
 def optimizer(model: nn.Module, cell: Cell, lr: float) -> parabola.Diagonal:
@@ -141,6 +154,7 @@ def optimizer(model: nn.Module, cell: Cell, lr: float) -> parabola.Diagonal:
             "curvature": cell.source,
             "damping": cell.damping,
             "relative_damping": True,
+            "clip": cell.clip,
         }
     return parabola.Diagonal(
         model.named_parameters(),
@@ -164,7 +178,7 @@ def train(task: Task, cell: Cell, lr: float, seed: int) -> list[float]:
     def evaluate() -> float:
         model.eval()
         with torch.no_grad():
-            value = float(loss_of(task, model, held))
+            value = float(task.loss(model, held))
         model.train()
         return value
 
@@ -175,13 +189,13 @@ def train(task: Task, cell: Cell, lr: float, seed: int) -> list[float]:
         if opt.wants_curvature:
             for _ in range(VECTORS):
                 with opt.curvature():
-                    sampled_loss(model(next(others)[0]), task.kind).backward()  # type: ignore[arg-type]
+                    task.curvature_loss(model, next(others)).backward()  # type: ignore[no-untyped-call]
         opt.param_groups[0]["lr"] = lr * factor("cosine", step / cell.steps)
         opt.zero_grad()
-        loss = loss_of(task, model, joined(batches, cell.joined))
+        loss = task.loss(model, joined(batches, cell.joined))
         if not loss.item() < limit:
             break
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         opt.step()
         if (step + 1) % every == 0:
             losses.append(evaluate())
@@ -205,20 +219,20 @@ def compute(cell: Cell) -> Row:
         return _median([run[-1] for run in runs[exponent]])
 
     search(score, cell.refine)
-    first, _ = next(task.batches(0))
     exponents = sorted(runs)
     return best_row(
         cell.source,
         cell.power,
         basis=cell.basis,
-        batch=str(cell.joined * len(first)),
+        batch=str(cell.joined * size(next(task.batches(0)))),
         schedule="cosine",
         rates=[2.0**e for e in exponents],
         values=[[run[-1] for run in runs[e]] for e in exponents],
         curves=[[_median(list(at)) for at in zip(*runs[e], strict=False)] for e in exponents],
         every=interval(cell.steps),
         seconds=time.perf_counter() - began,
-        **({} if cell.source == "gradient" else {"relative_damping": cell.damping}),
+        label="" if cell.clip is None else f"{method_name(cell.source, cell.power)} clipped",
+        **_settings(cell),
     )
 
 
@@ -244,6 +258,28 @@ def search(score: Callable[[int], float], refine: bool, most: int = 4) -> dict[i
     return seen
 
 
+def _settings(cell: Cell) -> dict[str, Any]:
+    if cell.source == "gradient":
+        return {}
+    clip = {} if cell.clip is None else {"clip": cell.clip}
+    return {"relative_damping": cell.damping, **clip}
+
+
 def _median(values: list[float]) -> float:
     finite = [math.inf if math.isnan(value) else value for value in values]
     return sorted(finite)[(len(finite) - 1) // 2]
+
+
+def shared_settings(steps: int, **more: object) -> Sheet:
+    """What all cells of a comparison share."""
+    return settings_sheet(
+        steps=steps,
+        schedule="cosine",
+        betas=BETAS,
+        curvature_decay=f"{BETAS[1] ** REFRESH:.3f} per refresh",
+        steps_between_refreshes=REFRESH,
+        curvature_vectors_per_refresh=VECTORS,
+        damping="in units of the mean of the diagonal over a block",
+        batches_of_an_evaluation=EVALUATED,
+        **more,
+    )

@@ -146,8 +146,8 @@ def dense(network: Network) -> Basis:
     def back(turn: Tensors, x: Tensors) -> Layers:
         whole = (turn[0] @ x[0][..., None])[..., 0]
         return (
-            whole[..., :split].unflatten(2, shapes[0]),
-            whole[..., split:].unflatten(2, shapes[1]),
+            whole[..., :split].reshape(*whole.shape[:2], *shapes[0]),
+            whole[..., split:].reshape(*whole.shape[:2], *shapes[1]),
         )
 
     return Basis(

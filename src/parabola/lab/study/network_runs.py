@@ -171,7 +171,7 @@ def train(
         if not len(alive):
             break
     shape = (len(dampings), len(lrs))
-    losses_ = torch.stack(curve).transpose(1, 2).unflatten(1, shape)
+    losses_ = torch.stack(curve).transpose(1, 2).reshape(-1, *shape, len(seeds))
     return Curves(
         lrs,
         dampings,

@@ -4,6 +4,7 @@
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -29,7 +30,7 @@ def sweep(
     curves = train(recipe, method, rates, [damping], seeds)
     plain = method.source == "gradient"
     loss = curves.loss[:, 0].nan_to_num(nan=torch.inf).median(-1).values  # (checks, rates)
-    settings = {} if plain else {"damping": damping}
+    settings: dict[str, Any] = {} if plain else {"damping": damping}
     if recipe.network.loss == "softmax" and not plain:
         settings = {"estimator": method.source, **settings}
     row = best_row(
@@ -83,3 +84,23 @@ def settings_sheet(**settings: object) -> Sheet:
 
 def _word(value: object) -> float | str:
     return float(value) if isinstance(value, int | float) else str(value)
+
+
+def recipe_sheet(recipe: Recipe, **more: object) -> Sheet:
+    """What all rows of a recipe share; `more` in addition, or instead."""
+    b1, b2 = recipe.betas
+    settings = {
+        "network": " - ".join(map(str, recipe.network[:3])),
+        "loss": recipe.network.loss,
+        "steps": recipe.steps,
+        "batch": recipe.batch,
+        "curvature_batch": recipe.curvature_batch,
+        "target": recipe.target,
+        "steps_between_refreshes": recipe.refresh,
+        "steps_between_evaluations": recipe.check,
+        "betas": f"{b1:g}, {b2:g}",
+        "curvature_decay": f"{recipe.curvature_decay:g} per refresh",
+        "eps": recipe.eps,
+        "dtype": str(recipe.dtype).removeprefix("torch."),
+    }
+    return settings_sheet(**{**settings, **more})

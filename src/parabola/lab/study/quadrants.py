@@ -3,31 +3,35 @@
 
     parabola study quadrants path/to/task.py:MyTask
 
-The small batch is what the task yields, the large one `LARGE` of them joined. Learning rates are
-searched for each method in each quadrant; damping is relative to the mean of the diagonal.
+A task is what `parabola.lab.study.model_runs.Task` describes; every workload of `parabola compare`
+that has a `curvature_loss` is one, by its name. The small batch is what the task yields, the large
+one `LARGE` of them joined. Learning rates are searched for each method in each quadrant; damping is
+relative to the mean of the diagonal.
 """
 
-from parabola.lab.errors import UsageError
-from parabola.lab.study.experiment import Context, Experiment, Note, Outcome, Plot, Row, find
+from dataclasses import replace
+
+from parabola.lab.study.experiment import Context, Experiment, Note, Outcome, Plot, Row
 from parabola.lab.study.figures import loss_curves, rate_curves, split
 from parabola.lab.study.model_runs import (
-    BETAS,
-    EVALUATED,
-    REFRESH,
-    VECTORS,
     Cell,
+    Setting,
     compute,
     find_task,
+    shared_settings,
     train,
 )
-from parabola.lab.study.network_sweeps import picture, settings_sheet, tuned
+from parabola.lab.study.network_sweeps import picture, tuned
 
 STEPS = 200
 LARGE = 16
 METHODS = (
-    ("gradient", 0.5, (0.0,)),
-    ("gauss_newton", 0.5, (1e-2, 1.0)),
-    ("gauss_newton", 1.0, (1e-2, 1.0)),
+    Setting("gradient", 0.5),
+    Setting("gauss_newton", 0.5, damping=1e-2),
+    Setting("gauss_newton", 0.5, damping=1.0),
+    Setting("gauss_newton", 1.0, damping=1e-2),
+    Setting("gauss_newton", 1.0, damping=1.0),
+    Setting("gauss_newton", 1.0, damping=1e-2, clip=1.0),
 )
 BASES = ("identity", "kronecker")
 
@@ -35,11 +39,21 @@ BASES = ("identity", "kronecker")
 def cells(spec: str, steps: int, context: Context) -> list[Cell]:
     """All rows, the long ones first."""
     return [
-        Cell(spec, source, power, basis, count, damping, context.seeds, steps, not context.quick)
+        Cell(
+            spec,
+            method.source,
+            method.power,
+            basis,
+            count,
+            method.damping,
+            context.seeds,
+            steps,
+            refine=not context.quick,
+            clip=method.clip,
+        )
         for count in (LARGE, 1)
         for basis in reversed(BASES)
-        for source, power, dampings in METHODS
-        for damping in dampings
+        for method in METHODS
     ]
 
 
@@ -49,7 +63,7 @@ def _run(context: Context) -> Outcome:
     steps = context.steps(getattr(task, "steps", STEPS))
     work = cells(spec, steps, context)
     # A mistake in the task shows here, at once and with its own traceback.
-    first = train(task, Cell(**{**vars(work[-1]), "steps": 1}), 1e-4, context.seeds[0])[0]
+    first = train(task, replace(work[-1], steps=1), 1e-4, context.seeds[0])[0]
     rows = context.map(compute, work)
     rows.sort(key=lambda row: (int(row.batch), BASES.index(row.basis)))
     best = tuned(rows)
@@ -77,19 +91,7 @@ def _run(context: Context) -> Outcome:
                 "kronecker",
             )
         ],
-        [
-            settings_sheet(
-                task=spec,
-                steps=steps,
-                schedule="cosine",
-                betas=BETAS,
-                refresh_every=REFRESH,
-                curvature_vectors_per_refresh=VECTORS,
-                curvature_batch=small,
-                damping="relative to the mean of the diagonal",
-                evaluated_on_batches=EVALUATED,
-            )
-        ],
+        [shared_settings(steps, task=spec, curvature_batch=small)],
     )
 
 
@@ -122,8 +124,8 @@ EXPERIMENT = Experiment(
     run=_run,
     metric="loss at the end",
     claim=(
-        "Adam, GN^-1/2 and GN^-1 in the identity and in the Kronecker basis, with the task's batch"
-        f" and with {LARGE} of them joined, each at its best learning rate."
+        "Adam, GN^-1/2, GN^-1 and a clipped GN^-1 in the identity and in the Kronecker basis,"
+        f" with the task's batch and with {LARGE} of them joined, each at its best learning rate."
     ),
     argument="path/to/task.py:MyTask",
 )

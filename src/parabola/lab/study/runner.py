@@ -3,6 +3,7 @@
 
 import contextlib
 import os
+import signal
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -81,13 +82,17 @@ def _workers(jobs: int) -> Iterator[Submit]:
         yield _now
         return
     # Processes are started anew: a fork of a process with running threads may hang.
-    pool = ProcessPoolExecutor(
-        jobs, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
-    )
+    pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_prepare)
     try:
         yield pool.submit
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _prepare() -> None:
+    """One thread for each process, and a quiet end on Ctrl-C."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _now(function: Callable[[Any], Any], item: Any) -> "Future[Any]":
@@ -166,6 +171,7 @@ def _progress(console: Console, name: str) -> Iterator[Tick]:
         def tick(done: int, more: int) -> None:
             nonlocal total
             total += more
-            bar.update(task, advance=done, total=total)
+            # Work is added by one thread and done in others, which leave the total alone.
+            bar.update(task, advance=done, total=total if more else None)
 
         yield tick

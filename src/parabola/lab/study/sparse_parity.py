@@ -10,7 +10,7 @@ Sizes, grids and batches are choices of this project; see docs/study.md.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -25,13 +25,14 @@ from parabola.lab.study.experiment import (
     Plot,
     Quadrants,
     Row,
+    Sheet,
     find,
     powers_of_two,
     with_settings,
 )
 from parabola.lab.study.figures import loss_curves, rate_curves, split
 from parabola.lab.study.network_runs import Curves, Method, Recipe
-from parabola.lab.study.network_sweeps import picture, sweep, tuned, without_averages
+from parabola.lab.study.network_sweeps import picture, recipe_sheet, sweep, tuned, without_averages
 from parabola.lab.study.networks import Network, forward, with_constant
 
 FEATURES, HIDDEN = 12, 24
@@ -118,7 +119,7 @@ def _accuracy(made: Recipe, curves: Curves, seeds: tuple[int, ...]) -> float:
     return float(torch.stack(found).median(0).values.max())
 
 
-def items(task: str, batches: dict[int, tuple[str, ...]], context: Context) -> list[Item]:
+def items(task: str, batches: Mapping[int, tuple[str, ...]], context: Context) -> list[Item]:
     """All rows, the long ones first."""
     made = []
     steps = context.steps(STEPS)
@@ -186,7 +187,12 @@ def _run_parity(context: Context) -> Outcome:
         )
     )
     return Outcome(
-        _ordered(rows), checks, _parity_notes(best, small, bare), _plots(best), _pictures(best)
+        _ordered(rows),
+        checks,
+        _parity_notes(best, small, bare),
+        _plots(best),
+        _pictures(best),
+        [_settings("parity", context)],
     )
 
 
@@ -234,7 +240,19 @@ def _run_staircase(context: Context) -> Outcome:
     best = tuned(usual)
     small = [row for row in best if row.batch == str(SMALL)]
     checks = shared_checks(context, best, small)
-    return Outcome(_ordered(rows), checks, [ahead(best)], _plots(best), _pictures(best))
+    return Outcome(
+        _ordered(rows),
+        checks,
+        [ahead(best)],
+        _plots(best),
+        _pictures(best),
+        [_settings("staircase", context)],
+    )
+
+
+def _settings(task: str, context: Context) -> Sheet:
+    made = without_averages(recipe(task, SMALL, context.steps(STEPS)), context.fresh)
+    return recipe_sheet(made, batch=f"{SMALL} and {LARGE}, fresh samples")
 
 
 def _ordered(rows: list[Row]) -> list[Row]:

@@ -15,6 +15,7 @@ from parabola.lab.models import ResNet
 from parabola.lab.workload import Setting, Workload
 
 _CUSTOM = "customary values for small ResNets; not searched"
+_UNSEARCHED = "values that suit the other workloads; not searched"
 _MEAN = torch.tensor([0.4914, 0.4822, 0.4465]).view(1, 3, 1, 1)
 _STD = torch.tensor([0.2470, 0.2435, 0.2616]).view(1, 3, 1, 1)
 
@@ -76,6 +77,13 @@ class Cifar10ResNet(Workload):
         ),
         "muon": Setting({"lr": 3e-3, "weight_decay": 0.05}, _CUSTOM),
         "shampoo": Setting({"lr": 3e-3, "weight_decay": 0.05}, _CUSTOM),
+        "soap": Setting({"lr": 3e-3, "weight_decay": 0.05}, _UNSEARCHED),
+        "ginger": Setting({"lr": 3e-3, "weight_decay": 0.05}, _UNSEARCHED),
+        "sophia": Setting({"lr": 1e-3, "weight_decay": 0.05}, _UNSEARCHED),
+        "gn": Setting({"lr": 1e-2, "damping": 0.1, "clip": 1.0, "weight_decay": 5e-3}, _UNSEARCHED),
+        "gn-sqrt": Setting(
+            {"lr": 1e-2, "damping": 0.1, "clip": 1.0, "weight_decay": 0.05}, _UNSEARCHED
+        ),
     }
 
     def load(self, data_dir: Path) -> None:

@@ -54,6 +54,11 @@ class MnistAutoencoder(Workload):
             {"lr": 1e-3, "graft": "adam", "betas": (0.9, 0.99)},
             "best lr of 5e-4, 1e-3, 2e-3 with Adam's graft, 150 steps, seed 1000: train_loss 114.6",
         ),
+        "soap": Setting({"lr": 3e-3}, _CUSTOM),
+        "ginger": Setting({"lr": 1e-3}, _CUSTOM),
+        "sophia": Setting({"lr": 1e-3}, _CUSTOM),
+        "gn": Setting({"lr": 3e-3, "damping": 0.1, "clip": 1.0}, _CUSTOM),
+        "gn-sqrt": Setting({"lr": 1e-2, "damping": 0.1, "clip": 1.0}, _CUSTOM),
         "sonew": Setting({"lr": 3e-3}, _OF_FOUR.format("1e-3, 2e-3, 3e-3, 5e-3", 74.2)),
         "sonew:band=0": Setting(
             {"lr": 1e-3, "band": 0}, _OF_FOUR.format("3e-4, 1e-3, 2e-3, 3e-3", 105.1)

@@ -14,6 +14,7 @@ from parabola.lab.models import GPT
 from parabola.lab.workload import Setting
 
 _TUNED = "best of 3 trials of parabola tune over lr, 150 steps, seed 1000: "
+_AS_STDLIB = "the values of stdlib-lm; not searched"
 
 
 class ShakespeareLM(NextByte):
@@ -47,6 +48,13 @@ class ShakespeareLM(NextByte):
         "sonew": Setting(
             {"lr": 1.5e-3, "betas": (0.9, 0.99), "weight_decay": 0.1},
             "best lr of 1.5e-3, 3e-3, 6e-3, 150 steps, seed 1000: loss 2.524",
+        ),
+        "soap": Setting({"lr": 6e-3, "betas": (0.9, 0.99), "weight_decay": 0.1}, _AS_STDLIB),
+        "ginger": Setting({"lr": 1.5e-3, "weight_decay": 0.1}, _AS_STDLIB),
+        "sophia": Setting({"lr": 1.5e-3, "weight_decay": 0.1}, _AS_STDLIB),
+        "gn": Setting({"lr": 1e-2, "damping": 0.1, "clip": 1.0, "weight_decay": 0.1}, _AS_STDLIB),
+        "gn-sqrt": Setting(
+            {"lr": 1e-2, "damping": 0.1, "clip": 1.0, "weight_decay": 0.1}, _AS_STDLIB
         ),
     }
 
