@@ -8,9 +8,9 @@ python benchmarks/ginger_ablations.py --page docs/ginger.md          write the t
 Two measurements, one thread:
 
 training    The problem of the workload spiked-regression: 300 steps with a cosine from the learning
-            rate to zero, after so many updates of the curvature alone. Each row at its best learning
-            rate of the powers of two from 2^-12 to 2, mean logarithm over the seeds.
-one update  The curvature that is left of one vector of length 30, float32, and the step against it.
+            rate to zero, after so many updates of the curvature alone. Each row at its best
+            learning rate of the powers of two from 2^-12 to 2; geometric mean over the seeds.
+one update  The step against one vector of length 30 that the curvature has taken in, float32.
 
 "recursion on the inverse" is the update of the authors' program (arXiv:2402.03295), with its
 pseudo-inverses; everything else of that row is as in the others.
@@ -87,7 +87,14 @@ class Recursion(Optimizer):
 
 
 def ginger(**options: Any) -> Callable[[nn.Module], Optimizer]:
-    plain = {"lr": 0.0, "betas": BETAS, "graft": None, "start_step": 0, "damping": 1.0}
+    plain: dict[str, Any] = {
+        "lr": 0.0,
+        "betas": BETAS,
+        "graft": None,
+        "start_step": 0,
+        "damping": 1.0,
+    }
+    plain["nonfinite"] = "ignore"  # at some learning rates every row diverges
     return lambda model: parabola.Ginger(model.parameters(), **{**plain, **options})
 
 
@@ -138,6 +145,8 @@ def train(make: Callable[[nn.Module], Optimizer], rate: float, warm_up: int, see
             p.grad = ((model(x) - y).T @ x) / len(x)
         if t >= 0 or not isinstance(optimizer, Recursion):
             optimizer.step()
+        if not p.isfinite().all():
+            return math.inf
     return float(workload.evaluate(model)["relative_loss"])
 
 
