@@ -80,6 +80,20 @@ def test_a_graph_of_training_survives_the_block():
     optimizer.step()
 
 
+@pytest.mark.parametrize("in_place", [False, True])
+def test_statistics_of_a_compiled_model_stay_as_they_were(in_place):
+    model = network()
+    called = model if in_place else torch.compile(model, backend="eager")
+    if in_place:
+        model.compile(backend="eager")
+    optimizer = parabola.Sophia(model.parameters())
+    called(inputs())
+    before = copy.deepcopy(model.state_dict())
+    with optimizer.curvature(called):
+        sampled_loss(called(inputs() + 1), "cross_entropy").backward()
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
 def test_evaluation_mode_and_a_failed_block_restore_too():
     model = network()
     optimizer = parabola.Sophia(model.parameters())

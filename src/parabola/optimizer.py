@@ -25,7 +25,7 @@ from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim.optimizer import Optimizer, ParamsT
 
@@ -194,7 +194,9 @@ class SecondOrder(Optimizer):
         self.method.tick(bucket.numbers, bucket.means, options)
 
     @contextmanager
-    def curvature(self, *, scaler: GradScaler | None = None) -> Iterator[None]:
+    def curvature(
+        self, model: nn.Module | None = None, *, scaler: GradScaler | None = None
+    ) -> Iterator[None]:
         """Gradients of this block feed the curvature, not the step.
 
         What is in ``p.grad`` when the block ends is one vector h; the curvature is E[h h^T]. It
@@ -203,6 +205,8 @@ class SecondOrder(Optimizer):
         of normalization layers and the random state are afterwards what they were before.
 
         Args:
+            model: The model that is called in the block; to be given if it is compiled, since its
+                normalization layers are not seen from outside then.
             scaler: The gradient scaler of mixed precision, if ``scaler.scale(loss)`` went backward
                 here: the vector is divided by its scale.
 
@@ -217,7 +221,7 @@ class SecondOrder(Optimizer):
         params = [p for group in self.param_groups for p in group["params"]]
         blocks = len(self._feed.vectors) + self._feed.dropped
         taken = max(self._taken(index, group) for index, group in enumerate(self.param_groups))
-        with captured(params, 64 * taken + blocks, scaler) as vector:
+        with captured(params, 64 * taken + blocks, model, scaler) as vector:
             yield
         trusting = all(group["nonfinite"] == "ignore" for group in self.param_groups)
         if trusting or faults.all_finite(list(vector.values())):

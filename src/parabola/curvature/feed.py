@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.module import register_module_forward_pre_hook
@@ -38,7 +38,9 @@ class Feed:
 
 
 @contextmanager
-def captured(params: Sequence[Tensor], tick: int, scaler: GradScaler | None) -> Iterator[Vector]:
+def captured(
+    params: Sequence[Tensor], tick: int, model: nn.Module | None, scaler: GradScaler | None
+) -> Iterator[Vector]:
     """Take the gradients of a block; the yielded mapping is filled when the block ends well.
 
     The parameters' own gradients, the running statistics of normalization layers and the random
@@ -48,6 +50,7 @@ def captured(params: Sequence[Tensor], tick: int, scaler: GradScaler | None) -> 
     Args:
         params: Parameters of an optimizer.
         tick: A number that differs from block to block.
+        model: Where the normalization layers are; None: in whatever module is called.
         scaler: The scaler whose scaled loss went backward, if there is one.
 
     Raises:
@@ -60,7 +63,7 @@ def captured(params: Sequence[Tensor], tick: int, scaler: GradScaler | None) -> 
         p.grad = None
     vector: Vector = {}
     try:
-        with _own_randomness(params, tick), _still_statistics(), counting() as terms:
+        with _own_randomness(params, tick), _still_statistics(model), counting() as terms:
             yield vector
         given = {p: p.grad for p in params if p.grad is not None}
         if not given:
@@ -98,19 +101,27 @@ def _own_randomness(params: Sequence[Tensor], tick: int) -> Iterator[None]:
 
 
 @contextmanager
-def _still_statistics() -> Iterator[None]:
+def _still_statistics(model: nn.Module | None) -> Iterator[None]:
     """Put the buffers of normalization layers back that a forward pass in training mode changes."""
-    saved: dict[_NormBase, list[tuple[Tensor, Tensor]]] = {}
+    saved: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
 
-    def keep(module: torch.nn.Module, _: object) -> None:
-        if isinstance(module, _NormBase) and module.training and module not in saved:
-            saved[module] = [(b, b.detach().clone()) for b in module.buffers(recurse=False)]
+    def keep(root: nn.Module, _: object = None) -> None:
+        if root in saved:
+            return
+        for module in root.modules():  # all at once: inside a compiled model no hook is called
+            if module not in saved:
+                changing = isinstance(module, _NormBase) and module.training
+                buffers = module.buffers(recurse=False) if changing else ()
+                saved[module] = [(b, b.detach().clone()) for b in buffers]
 
-    hook = register_module_forward_pre_hook(keep)
+    hook = None if model is not None else register_module_forward_pre_hook(keep)
+    if model is not None:
+        keep(model)
     try:
         yield
     finally:
-        hook.remove()
+        if hook is not None:
+            hook.remove()
         for buffers in saved.values():
             for buffer, before in buffers:
                 buffer.data.copy_(before)  # unseen by autograd: a graph of training may hold it
