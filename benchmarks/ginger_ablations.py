@@ -87,14 +87,8 @@ class Recursion(Optimizer):
 
 
 def ginger(**options: Any) -> Callable[[nn.Module], Optimizer]:
-    plain: dict[str, Any] = {
-        "lr": 0.0,
-        "betas": BETAS,
-        "graft": None,
-        "start_step": 0,
-        "damping": 1.0,
-    }
-    plain["nonfinite"] = "ignore"  # at some learning rates every row diverges
+    plain: dict[str, Any] = {"lr": 0.0, "betas": BETAS, "graft": None, "damping": 1.0}
+    plain.update(start_step=0, nonfinite="ignore")  # at some learning rates every row diverges
     return lambda model: parabola.Ginger(model.parameters(), **{**plain, **options})
 
 
@@ -107,6 +101,7 @@ Row = tuple[str, Callable[[nn.Module], Optimizer], int]
 
 def rows() -> Iterator[Row]:
     """Name, optimizer, updates of the curvature before the first step."""
+    yield "SGD", lambda m: torch.optim.SGD(m.parameters(), lr=0.0), 0
     yield "SGD, momentum 0.9", lambda m: torch.optim.SGD(m.parameters(), lr=0.0, momentum=0.9), 0
     yield "AdamW", lambda m: torch.optim.AdamW(m.parameters(), lr=0.0, betas=BETAS), 0
     for warm_up in (0, 20, 100, 400):
@@ -143,8 +138,7 @@ def train(make: Callable[[nn.Module], Optimizer], rate: float, warm_up: int, see
                 p.grad = h.view(p.shape)
         with torch.no_grad():
             p.grad = ((model(x) - y).T @ x) / len(x)
-        if t >= 0 or not isinstance(optimizer, Recursion):
-            optimizer.step()
+        optimizer.step()
         if not p.isfinite().all():
             return math.inf
     return float(workload.evaluate(model)["relative_loss"])

@@ -394,3 +394,24 @@ def test_wrong_values_are_refused_by_name(keyword, values):
     for value in values:
         with pytest.raises(ValueError, match=keyword):
             Ginger([torch.nn.Parameter(torch.zeros(2))], **{keyword: value})
+
+
+@pytest.mark.parametrize("blocks", ["tensor", "model"])
+@pytest.mark.parametrize("limit", [1 << 17, 3000])
+def test_large_parameters_in_single_precision(monkeypatch, blocks, limit):
+    """Long sums go panel by panel, and a parameter may be larger than a zone."""
+    monkeypatch.setattr(zones, "ZONE", {"cpu": limit, "other": limit})
+    shapes, finals = ((70, 90), (2048,), (1024,), (1024,), (9, 9)), []
+    for dtype in (torch.float64, torch.float32):
+        params = [torch.nn.Parameter(torch.zeros(s, dtype=dtype)) for s in shapes]
+        options = {"graft": None, "damping": 0.5, "start_step": 0, "blocks": blocks}
+        optimizer = Ginger(params, lr=1.0, kernels="torch", **options)
+        for t in range(5):
+            vector = [normal(s, 70 * t + i, torch.float32).to(dtype) for i, s in enumerate(shapes)]
+            feed(optimizer, params, vector)
+            for i, (p, h) in enumerate(zip(params, vector, strict=True)):
+                g = normal(shapes[i], 70 * t + 30 + i, torch.float32).to(dtype)
+                p.grad = g + h  # in part along the curvature
+            optimizer.step()
+        finals.append(torch.cat([p.detach().double().ravel() for p in params]))
+    assert (finals[1] - finals[0]).norm() < 1e-5 * finals[0].norm()

@@ -16,7 +16,7 @@ import numpy as np
 
 from parabola.kernels.pointers import add, kept, part, pointer
 
-CHUNK = 128
+CHUNK = 192
 """Elements of a chunk."""
 
 RANGE = 1 << 16

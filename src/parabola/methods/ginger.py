@@ -203,7 +203,7 @@ class Ginger(SecondOrder):
         >>> model = torch.nn.Linear(8, 4)
         >>> opt = Ginger(model.named_parameters(), lr=1e-3)
         >>> with opt.curvature():
-        ...     loss = parabola.curvature.sampled_loss(model(inputs), "softmax")
+        ...     loss = parabola.curvature.sampled_loss(model(inputs), "cross_entropy")
         ...     loss.backward()
         >>> torch.nn.functional.cross_entropy(model(inputs), targets).backward()
         >>> opt.step()

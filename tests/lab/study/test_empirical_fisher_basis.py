@@ -39,9 +39,9 @@ def test_a_defect_is_seen():
 def test_outcome(monkeypatch):
     monkeypatch.setattr(module, "STEPS", 80)
     monkeypatch.setattr(module, "REPLICAS", 2)
-    monkeypatch.setattr(sparse_parity, "STEPS", 40)
-    monkeypatch.setattr(sparse_parity, "TARGET", 0.49)
-    monkeypatch.setattr(sparse_parity, "GRIDS", {1.0: {1e-1: (-3, -2)}})
+    monkeypatch.setattr(sparse_parity, "STEPS", 80)
+    monkeypatch.setattr(sparse_parity, "TARGET", 0.6)
+    monkeypatch.setattr(sparse_parity, "GRIDS", {1.0: {1e-1: (-2, -1)}})
     outcome = module.EXPERIMENT.run(Context(seeds=(0,), quick=True))
     assert len(outcome.rows) == 9
     sheet = outcome.sheets[0]

@@ -8,17 +8,16 @@ import torch
 
 from parabola.curvature import gauss_newton_matrix
 from parabola.lab.study import estimators
-from parabola.lab.study.estimators import Columns, bases, columns, instance, variances
+from parabola.lab.study.estimator_formulas import Columns, bases, columns, instance, variances
 from parabola.lab.study.experiment import Context
 
 SAMPLES = 3
 
 
 @pytest.fixture
-def small(monkeypatch):
+def small():
     """A model, its columns on three samples, and its bases."""
-    monkeypatch.setattr(estimators, "SAMPLES", SAMPLES)
-    model, inputs = instance(0, 2.0)
+    model, inputs = instance(0, 2.0, SAMPLES)
     found = columns(model, inputs)
     return model, inputs, found, bases(model, found.matrix)
 
@@ -77,7 +76,7 @@ def test_variance_of_hutchinson_by_enumeration(small):
 
 
 def test_the_bases_are_orthogonal_and_the_kronecker_one_is_a_product(small):
-    _, _, found, known = small
+    *_, known = small
     for basis in known.values():
         torch.testing.assert_close(basis.T @ basis, torch.eye(len(basis)).double())
     weight = known["kronecker"][:20, :20].reshape(5, 4, 5, 4)
@@ -92,6 +91,6 @@ def test_outcome(monkeypatch):
     table, price, _ = outcome.sheets
     assert len(table.lines) == 4 * len(estimators.ESTIMATORS)
     assert [line[0] for line in price.lines] == ["gradient", *estimators.ESTIMATORS, "exact"]
-    assert len(outcome.checks) == 9 and len(outcome.notes) == 2
+    assert len(outcome.checks) == 10 and len(outcome.notes) == 2
     # 100 draws say little of a spread; what is exact has to hold all the same.
     assert [c.text for c in outcome.checks if not c.passed and "predicted" not in c.text] == []

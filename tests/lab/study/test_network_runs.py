@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from parabola.lab.study.experiment import best_row
 from parabola.lab.study.network_runs import Method, Recipe, train
 from parabola.lab.study.network_sweeps import picture, sweep, tuned
 from parabola.lab.study.networks import Network
+from parabola.lab.study.rows import best_row
 
 
 def draw(seed: int, count: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -141,6 +141,8 @@ def test_steps_to_target_are_interpolated_and_runs_end_there() -> None:
     found = train(replace(RECIPE, target=target), method, [0.01], [0.0], [0])
     assert found.steps.item() == pytest.approx(1.5 * RECIPE.check)
     assert found.loss.shape[0] == 3
+    start = replace(RECIPE, target=float(free[0]) + 1)
+    assert train(start, method, [0.01], [0.0], [0]).steps.item() == 0.0
 
 
 def test_divergence_is_nan_and_stops_no_other_run() -> None:

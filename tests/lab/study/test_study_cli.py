@@ -23,11 +23,11 @@ from parabola.lab.study.experiment import (
     Outcome,
     Plot,
     Sheet,
-    best_row,
     quadrants,
 )
 from parabola.lab.study.picture import write_picture
 from parabola.lab.study.record import Finished, Settings
+from parabola.lab.study.rows import best_row
 from parabola.lab.study.runner import Request, run_study
 
 ROWS = [

@@ -7,15 +7,8 @@ import pickle
 import pytest
 
 from parabola.lab.study import figures, tables
-from parabola.lab.study.experiment import (
-    Context,
-    Row,
-    best_row,
-    find,
-    method_name,
-    powers_of_two,
-    quadrants,
-)
+from parabola.lab.study.experiment import Context, quadrants
+from parabola.lab.study.rows import Row, best_row, find, method_name, powers_of_two
 
 
 def row(source="gradient", power=0.5, values=((3.0,), (1.0,), (2.0,)), **given) -> Row:

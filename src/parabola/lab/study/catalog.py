@@ -15,6 +15,13 @@ MODULES = (
     "adam_vs_gn_diag",
     "basis_interp",
     "low_precision",
+    "sparse_parity",
+    "staircase",
+    "images",
+    "tiny_transformer",
+    "estimators",
+    "empirical_fisher_basis",
+    "quadrants",
 )
 
 

@@ -16,24 +16,14 @@ import torch
 from torch import Tensor
 
 from parabola.lab.study import sparse_parity
-from parabola.lab.study.experiment import (
-    Context,
-    Experiment,
-    Figure,
-    Note,
-    Outcome,
-    Plot,
-    Row,
-    Sheet,
-    best_row,
-    powers_of_two,
-)
+from parabola.lab.study.experiment import Context, Experiment, Figure, Note, Outcome, Plot, Sheet
 from parabola.lab.study.family import Rule, start, step
 from parabola.lab.study.figures import loss_curves, rate_curves, split
 from parabola.lab.study.network_runs import Method, State, train
 from parabola.lab.study.network_sweeps import recipe_sheet, settings_sheet, sweep
 from parabola.lab.study.networks import deltas, forward, jacobian, with_constant
 from parabola.lab.study.regression import diagonal_in, regression
+from parabola.lab.study.rows import Row, best_row, powers_of_two
 from parabola.lab.study.sweeps import factor
 
 SIZE, STEPS, BATCH, REPLICAS = 30, 600, 16, 8

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from parabola.lab.study.experiment import Figure, Plot, Quadrants, Row
+from parabola.lab.study.experiment import Figure, Plot, Quadrants
+from parabola.lab.study.rows import Row
 
 # Values beyond these are drawn at them: an axis from 1e-219 to 1e250 would flatten everything else.
 FLOOR, CEILING = 1e-20, 1e2

@@ -15,20 +15,12 @@ import torch
 from torch import Tensor
 
 from parabola.lab.data import shuffled
-from parabola.lab.study.experiment import (
-    Context,
-    Experiment,
-    Note,
-    Outcome,
-    Plot,
-    Row,
-    find,
-    powers_of_two,
-)
+from parabola.lab.study.experiment import Context, Experiment, Note, Outcome, Plot
 from parabola.lab.study.figures import loss_curves, rate_curves, split
 from parabola.lab.study.network_runs import Method, Recipe
 from parabola.lab.study.network_sweeps import picture, recipe_sheet, sweep, tuned, without_averages
 from parabola.lab.study.networks import Network
+from parabola.lab.study.rows import Row, find, powers_of_two
 
 HIDDEN = 64
 STEPS = 300

@@ -13,19 +13,10 @@ from functools import partial
 import torch
 
 from parabola.lab.study import figures
-from parabola.lab.study.experiment import (
-    Context,
-    Experiment,
-    Note,
-    Outcome,
-    Plot,
-    Row,
-    find,
-    powers_of_two,
-    quadrants,
-)
+from parabola.lab.study.experiment import Context, Experiment, Note, Outcome, Plot, quadrants
 from parabola.lab.study.family import Rule
 from parabola.lab.study.regression import draws, regression
+from parabola.lab.study.rows import Row, find, powers_of_two
 from parabola.lab.study.sweeps import sweep
 
 SIZE = 30

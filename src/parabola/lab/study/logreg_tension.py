@@ -18,17 +18,9 @@ import torch
 from torch import Tensor
 
 from parabola.lab.study import figures
-from parabola.lab.study.experiment import (
-    Context,
-    Experiment,
-    Note,
-    Outcome,
-    Plot,
-    Row,
-    find,
-    powers_of_two,
-)
+from parabola.lab.study.experiment import Context, Experiment, Note, Outcome, Plot
 from parabola.lab.study.family import Rule
+from parabola.lab.study.rows import Row, find, powers_of_two
 from parabola.lab.study.sweeps import Problem, sweep
 
 SCALES = (1.0, 3.7, 13.3)

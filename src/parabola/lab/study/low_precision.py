@@ -11,18 +11,10 @@ import torch
 from torch import Tensor
 
 from parabola.lab.study import figures
-from parabola.lab.study.experiment import (
-    Context,
-    Experiment,
-    Note,
-    Outcome,
-    Plot,
-    Row,
-    find,
-    powers_of_two,
-)
+from parabola.lab.study.experiment import Context, Experiment, Note, Outcome, Plot
 from parabola.lab.study.family import Rule
 from parabola.lab.study.regression import draws, regression
+from parabola.lab.study.rows import Row, find, powers_of_two
 from parabola.lab.study.sweeps import sweep
 
 SIZE = 20
@@ -126,14 +118,14 @@ def run(context: Context) -> Outcome:
     notes = [
         Note(
             f"In bfloat16 GN^-1 stays within a factor of {inverse:.2f} of Adam in both bases.",
-            f"It loses more: in the eigenbasis bfloat16 costs it a factor of "
-            f"{costs[right, 'GN^-1']:.1f}, Adam {costs[right, 'Adam']:.1f}; in float64 GN^-1 is at "
+            "In the eigenbasis bfloat16 costs GN^-1 a factor of "
+            f"{costs[right, 'GN^-1']:.1f}, Adam {costs[right, 'Adam']:.1f}. In float64 GN^-1 is at "
             f"{value('float64', right, 'GN^-1') / value('float64', right, 'Adam'):.2f} of Adam.",
         ),
         Note(
             "Rounding to nearest drops steps below half a unit in the last place.",
-            "Stochastic rounding keeps them on average, and does not help here: losses change by "
-            f"factors of {min(drawn.values()):.2f} to {max(drawn.values()):.2f}.",
+            "Stochastic rounding keeps them on average. Here it multiplies the losses by "
+            f"{min(drawn.values()):.2f} to {max(drawn.values()):.2f}.",
         ),
     ]
     plots = [

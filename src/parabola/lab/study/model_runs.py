@@ -20,14 +20,15 @@ import parabola
 from parabola.lab.data import data_folder
 from parabola.lab.errors import UsageError
 from parabola.lab.registry import find_workload, load_object
-from parabola.lab.study.experiment import Row, Sheet, best_row, method_name
+from parabola.lab.study.experiment import Sheet
 from parabola.lab.study.network_sweeps import settings_sheet
+from parabola.lab.study.rows import Row, best_row, method_name
 from parabola.lab.study.sweeps import factor
 
 BETAS = (0.9, 0.95)
 REFRESH = 10
 VECTORS = 4
-EVALUATED = 32  # batches on which the loss is evaluated
+EVALUATED = 32  # batches on which the loss is evaluated at the end, a quarter of them before
 CHECKS = 10  # evaluations of a run
 
 # Powers of two at which the search for a learning rate begins. The loss against the rate may have
@@ -173,16 +174,17 @@ def train(task: Task, cell: Cell, lr: float, seed: int) -> list[float]:
     model = task.model()
     batches, others = task.batches(seed), task.batches(1_000_000 + seed)
     held = joined(task.batches(2_000_000 + seed), EVALUATED)
+    part = joined(task.batches(2_000_000 + seed), EVALUATED // 4)
     opt = optimizer(model, cell, lr)
 
-    def evaluate() -> float:
+    def evaluate(batch: Any) -> float:
         model.eval()
         with torch.no_grad():
-            value = float(task.loss(model, held))
+            value = float(task.loss(model, batch))
         model.train()
         return value
 
-    losses = [evaluate()]
+    losses = [evaluate(part)]
     limit = 10 * abs(losses[0]) + 1  # from where on a run counts as diverged
     every = interval(cell.steps)
     for step in range(cell.steps):
@@ -198,7 +200,7 @@ def train(task: Task, cell: Cell, lr: float, seed: int) -> list[float]:
         loss.backward()  # type: ignore[no-untyped-call]
         opt.step()
         if (step + 1) % every == 0:
-            losses.append(evaluate())
+            losses.append(evaluate(held if step + 1 == cell.steps else part))
     missing = 1 + cell.steps // every - len(losses)
     return losses + [math.inf] * missing
 
@@ -241,10 +243,10 @@ def search(score: Callable[[int], float], refine: bool, most: int = 4) -> dict[i
 
     Args:
         score: Lower is better.
-        refine: Look at the neighbors of the best.
+        refine: Look at the neighbors of the best; without, take half the grid too.
         most: So many steps beyond the grid.
     """
-    seen = {e: score(e) for e in GRID}
+    seen = {e: score(e) for e in (GRID if refine else GRID[::2])}
     for _ in range(most):
         best = min(seen, key=lambda e: seen[e])
         if best not in (min(seen), max(seen)):

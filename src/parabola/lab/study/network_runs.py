@@ -189,6 +189,7 @@ def _crossing(loss: Tensor, recipe: Recipe) -> Tensor:
     after = loss.log().gather(0, first[None])[0]
     part = (before - math.log(recipe.target)) / (before - after)
     steps = (first - 1 + part.clamp(0.0, 1.0)) * recipe.check
+    steps = torch.where(first == 0, 0.0, steps)  # below it from the start
     return torch.where(below.any(0), steps, torch.inf)
 
 

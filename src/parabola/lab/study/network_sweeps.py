@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from parabola.lab.study.experiment import Quadrants, Row, Sheet, best_row
+from parabola.lab.study.experiment import Quadrants, Sheet
 from parabola.lab.study.network_runs import Curves, Method, Recipe, train
+from parabola.lab.study.rows import Row, best_row
 
 NAMES = {"full": "gauss_newton", "empirical": "empirical"}
 

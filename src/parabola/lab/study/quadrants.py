@@ -11,7 +11,7 @@ relative to the mean of the diagonal.
 
 from dataclasses import replace
 
-from parabola.lab.study.experiment import Context, Experiment, Note, Outcome, Plot, Row
+from parabola.lab.study.experiment import Context, Experiment, Note, Outcome, Plot
 from parabola.lab.study.figures import loss_curves, rate_curves, split
 from parabola.lab.study.model_runs import (
     Cell,
@@ -22,6 +22,7 @@ from parabola.lab.study.model_runs import (
     train,
 )
 from parabola.lab.study.network_sweeps import picture, tuned
+from parabola.lab.study.rows import Row
 
 STEPS = 200
 LARGE = 16

@@ -24,16 +24,13 @@ from parabola.lab.study.experiment import (
     Outcome,
     Plot,
     Quadrants,
-    Row,
     Sheet,
-    find,
-    powers_of_two,
-    with_settings,
 )
 from parabola.lab.study.figures import loss_curves, rate_curves, split
 from parabola.lab.study.network_runs import Curves, Method, Recipe
 from parabola.lab.study.network_sweeps import picture, recipe_sheet, sweep, tuned, without_averages
 from parabola.lab.study.networks import Network, forward, with_constant
+from parabola.lab.study.rows import Row, find, powers_of_two, with_settings
 
 FEATURES, HIDDEN = 12, 24
 STEPS = 300

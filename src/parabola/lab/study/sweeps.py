@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parabola.lab.study.experiment import Row, best_row
 from parabola.lab.study.family import Rule, start, step
+from parabola.lab.study.rows import Row, best_row
 
 RECORDS = 50  # points of a loss curve
 

@@ -9,8 +9,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from parabola.lab.study.experiment import Check, Experiment, Note, Quadrants, Row, Sheet
+from parabola.lab.study.experiment import Check, Experiment, Note, Quadrants, Sheet
 from parabola.lab.study.record import Finished
+from parabola.lab.study.rows import Row
 
 BASES = ("identity", "gauss_newton")
 BATCHES = ("full", "small")

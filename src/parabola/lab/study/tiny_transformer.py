@@ -7,6 +7,7 @@ neighbors, down to the entropy rate. Matrices get a basis for each side, embeddi
 """
 
 from collections.abc import Iterator
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +16,11 @@ from torch.nn import functional
 from parabola.curvature import sampled_loss
 from parabola.lab.data import windows
 from parabola.lab.models import GPT
-from parabola.lab.study.experiment import Context, Experiment, Note, Outcome, Plot, Row, find
+from parabola.lab.study.experiment import Context, Experiment, Note, Outcome, Plot
 from parabola.lab.study.figures import loss_curves, rate_curves, split
 from parabola.lab.study.model_runs import Cell, Setting, compute, shared_settings
 from parabola.lab.study.network_sweeps import picture, tuned
+from parabola.lab.study.rows import Row, find
 
 VOCABULARY, LENGTH, WIDTH, HEADS = 16, 16, 32, 2
 SMALL, LARGE = 16, 64
@@ -28,7 +30,7 @@ TEXT = 200_000  # tokens
 METHODS = (
     Setting("gradient", 0.5),
     Setting("gauss_newton", 0.5, damping=1e-2),
-    Setting("gauss_newton", 1.0, damping=1e-1),
+    Setting("gauss_newton", 1.0, damping=1.0),
     Setting("gauss_newton", 1.0, damping=1e-2, clip=1.0),
 )
 BASES = ("identity", "kronecker")
@@ -50,6 +52,7 @@ def entropies() -> tuple[float, float]:
     return float(-(frequent * frequent.log()).sum()), float(rate)
 
 
+@cache
 def text(count: int) -> Tensor:
     """A long text of the language, (count,) in uint8."""
     generator = torch.Generator().manual_seed(11)
@@ -120,7 +123,6 @@ def _run(context: Context) -> Outcome:
             worst.metric / unigram,
             "<",
             1.0,
-            exact=True,
         ),
         context.check(
             "smallest loss over the entropy rate (held-out sample; no model beats the language)",

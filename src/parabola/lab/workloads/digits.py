@@ -87,14 +87,14 @@ class Digits(Workload):
         ),
         "gn-sqrt": Setting(
             {
-                "lr": 0.193,
+                "lr": 0.107,
                 "betas": (0.9, 0.95),
-                "damping": 0.001,
-                "clip": None,
+                "damping": 0.1,
+                "clip": 1.0,
                 "update_every": 1,
                 "weight_decay": 0.0,
             },
-            _TWICE + "0.020",
+            _TWICE + "0.021; second best, but the steadiest of three over the seeds 1000 to 1004",
         ),
     }
 

@@ -50,9 +50,11 @@ class ShakespeareLM(NextByte):
             "best lr of 1.5e-3, 3e-3, 6e-3, 150 steps, seed 1000: loss 2.524",
         ),
         "soap": Setting({"lr": 6e-3, "betas": (0.9, 0.99), "weight_decay": 0.1}, _AS_STDLIB),
-        "ginger": Setting({"lr": 1.5e-3, "weight_decay": 0.1}, _AS_STDLIB),
-        "sophia": Setting({"lr": 1.5e-3, "weight_decay": 0.1}, _AS_STDLIB),
-        "gn": Setting({"lr": 1e-2, "damping": 0.1, "clip": 1.0, "weight_decay": 0.1}, _AS_STDLIB),
+        "ginger": Setting({"lr": 3e-3, "weight_decay": 0.1}, _AS_STDLIB),
+        "sophia": Setting({"lr": 7.5e-4, "weight_decay": 0.1}, _AS_STDLIB),
+        "gn": Setting(
+            {"lr": 3.33e-3, "damping": 0.1, "clip": 1.0, "weight_decay": 0.1}, _AS_STDLIB
+        ),
         "gn-sqrt": Setting(
             {"lr": 1e-2, "damping": 0.1, "clip": 1.0, "weight_decay": 0.1}, _AS_STDLIB
         ),
