@@ -93,8 +93,9 @@ def _columns(bucket: Bucket) -> Columns:
 
 
 def _finish(finish: Finish, found: Combined) -> None:
-    """Phase 3 by a fused kernel."""
-    finish(found.direction, found.update, found.scale, found.sound)
+    """Phase 3 by a fused kernel, on the host."""
+    update = None if found.update is None else found.update.cpu()
+    finish(found.direction.cpu(), update, found.scale.cpu(), found.sound.cpu())
 
 
 def _pieces(span: Span) -> Iterator[Span]:

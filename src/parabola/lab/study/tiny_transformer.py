@@ -165,8 +165,7 @@ def _notes(best: list[Row]) -> list[Note]:
         ),
         Note(
             f"GN^-1 alone is far behind, batch {SMALL}: {losses(SMALL, 'identity', 'GN^-1')} in the"
-            f" identity basis, {losses(SMALL, 'kronecker', 'GN^-1')} in the Kronecker basis. Its"
-            " rate is held down by the flat directions of the start.",
+            f" identity basis, {losses(SMALL, 'kronecker', 'GN^-1')} in the Kronecker basis.",
             "With every coordinate of the direction clipped at 1 it is not:"
             f" {losses(SMALL, 'identity', *clipped[1:])} and"
             f" {losses(SMALL, 'kronecker', *clipped[1:])}.",
