@@ -206,10 +206,75 @@ def test_methods_of_the_gradient_want_none_and_ignore_the_block():
         params, others = make_params(((4, 3),)), make_params(((4, 3),))
         one, other = make(params), make(others)
         assert not one.wants_curvature
-        feed(one, params, [make_grads(params, 5)])
+        with pytest.warns(UserWarning, match="takes no curvature from outside"):
+            feed(one, params, [make_grads(params, 5)])
+        feed(one, params, [make_grads(params, 5)])  # said once
+        assert one.stats["idle_curvature"] == 2 and one.stats["curvature_vectors"] == 0
         step(one, params, 0)
         step(other, others, 0)
         torch.testing.assert_close(params, others, rtol=0, atol=0)
+
+
+@every_fed
+def test_the_step_of_a_checkpoint_is_not_taken_for_curvature(make):
+    """DCP initializes an optimizer by a step with gradients of zero and lr 0."""
+    runs = []
+    for asked in (False, True):
+        params = make_params(((4, 3), (5,)))
+        optimizer = make(params)
+        if asked:
+            for p in params:
+                p.grad = torch.zeros_like(p)
+            rate, optimizer.param_groups[0]["lr"] = optimizer.param_groups[0]["lr"], 0.0
+            optimizer.step()
+            optimizer.param_groups[0]["lr"] = rate
+            resumed = make(params)
+            resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+            assert optimizer.wants_curvature and resumed.wants_curvature
+            assert optimizer.stats["missing_curvature"] == 0
+        feed(optimizer, params, [make_grads(params, 50)])
+        step(optimizer, params, 0)
+        runs.append([p.detach().clone() for p in params])
+    start = make_params(((4, 3), (5,)))
+    moves = [
+        [float((p - q).detach().abs().max()) for p, q in zip(r, start, strict=True)] for r in runs
+    ]
+    assert all(0 < b < 3 * a for a, b in zip(*moves, strict=True))
+
+
+@every_fed
+def test_a_first_vector_that_was_dropped_is_asked_for_again(make):
+    params = make_params(((4, 3),))
+    optimizer = make(params, update_every=10)
+    with pytest.warns(RuntimeWarning, match="not finite"):
+        feed(optimizer, params, [[torch.full_like(params[0], torch.inf)]])
+    step(optimizer, params, 0)
+    assert optimizer.wants_curvature
+    feed(optimizer, params, [make_grads(params, 9)])
+    step(optimizer, params, 1)
+    assert not optimizer.wants_curvature and optimizer.stats["missing_curvature"] == 0
+
+
+def test_groups_have_one_clock():
+    """A group that joined later, or missed a step, does not ask for passes of its own."""
+    first, second = make_params(((4, 3), (3, 2)))
+    optimizer = parabola.Sophia([first], 0.01, update_every=3)
+    said = []
+    for number in range(9):
+        if number == 4:
+            optimizer.add_param_group({"params": [second]})
+        said.append(optimizer.wants_curvature)
+        params = [first, second] if number >= 4 else [first]
+        if said[-1]:
+            feed(optimizer, params, [make_grads(params, 100 + number)])
+        step(optimizer, params, number)
+    assert said == [True, False, False, True, True, False, True, False, False]
+
+
+def test_what_is_no_model_is_refused():
+    optimizer = parabola.Sophia(make_params(((4, 3),)))
+    with pytest.raises(TypeError, match="model must be a module"), optimizer.curvature("scaler"):
+        pass
 
 
 @every_fed

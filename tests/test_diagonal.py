@@ -205,13 +205,16 @@ def test_tracking(basis, tracking, curvature):
 
 @pytest.mark.parametrize("max_order", [2, 3])
 @pytest.mark.parametrize("power", [0.5, 1.0])
-@pytest.mark.parametrize("curvature", ["gradient", "gauss_newton"])
+@pytest.mark.parametrize(
+    ("curvature", "start_step"),
+    # A first gradient leaves directions to rounding, in which a later one is seen before a refresh.
+    [("gradient", 4), ("gauss_newton", 0), ("gauss_newton", 4)],
+)
 @pytest.mark.parametrize("bias_correction", [True, False])
-@pytest.mark.parametrize("start_step", [0, 4])
 def test_the_product_of_the_factors_eigenvalues(
     max_order, power, curvature, bias_correction, start_step
 ):
-    """Their shares from the last refresh, their trace of now; also before the first basis."""
+    """In the basis of the last refresh, of the factors as they are now; also before the first."""
     options = {"power": power, "curvature": curvature, "bias_correction": bias_correction}
     assert_follows_the_loop(
         SHAPES,

@@ -36,6 +36,7 @@ def new_stats() -> Stats:
         "curvature_vectors": 0,
         "nonfinite_curvature": 0,
         "missing_curvature": 0,
+        "idle_curvature": 0,
     }
 
 
@@ -100,6 +101,18 @@ def on_nonfinite_curvature(stats: Stats) -> None:
     stats["nonfinite_curvature"] += 1
 
 
+def on_idle_curvature(stats: Stats, name: str) -> None:
+    """Count a curvature block of an optimizer that takes none; say so the first time."""
+    if stats["idle_curvature"] == 0:
+        warnings.warn(
+            f"{name} takes no curvature from outside with these settings: the block is ignored. "
+            "Open it only if opt.wants_curvature.",
+            UserWarning,
+            stacklevel=5,
+        )
+    stats["idle_curvature"] += 1
+
+
 def on_missing_curvature(stats: Stats, name: str) -> None:
     """Count a bucket that took its gradient for a vector that was due; say so the first time."""
     if stats["missing_curvature"] == 0:
@@ -121,7 +134,8 @@ def on_failed_roots(stats: Stats, failures: Tensor) -> None:
     if fallen and stats["fallbacks"] == 0:
         warnings.warn(
             f"the roots of {fallen} factor(s) failed {STRIKES} times in a row: their parameters "
-            "take the graft's step until a refresh succeeds, counted in opt.stats['fallbacks']",
+            "take the graft's step (in a basis: keep the old one) until a refresh succeeds, "
+            "counted in opt.stats['fallbacks']",
             RuntimeWarning,
             stacklevel=9,
         )

@@ -111,6 +111,7 @@ class Layout:
     ) -> None:
         self._method = method
         self._signature = signature(method, group)
+        self._informed = False
         self._params = list(group["params"])
         self._owners: list[dict[str, Any]] = []
         self._keys: list[str] = []
@@ -184,6 +185,13 @@ class Layout:
 
     def _claim(self, own: dict[str, Any], key: str, view: Tensor, name: str) -> None:
         old = own.get(key)
+        if old is None and key.endswith("exp_avg_sq") and float(own.get("step", 0)) > 0:
+            raise ValueError(
+                f"state {key!r} of {name} is missing after {int(own['step'])} steps: keywords that "
+                "decide whether second moments are the graft's (graft, and of Diagonal curvature, "
+                "power, clip and bias_correction) must be those under which it was made; to go on "
+                "with other ones, clear the parameter's state"
+            )
         if old is not None:
             old = torch.as_tensor(old)  # old checkpoints of torch.optim count steps in numbers
             if tuple(old.shape) != tuple(view.shape):
@@ -219,6 +227,14 @@ class Layout:
                 return False
             self._pointers = pointers
         return True
+
+    @property
+    def informed(self) -> bool:
+        """Whether any curvature from outside has come in. Asks an accelerator until it has."""
+        if not self._informed:
+            weights = (b.numbers["weight"] for b in self.buckets if "weight" in b.numbers)
+            self._informed = any(bool((weight > 0).any()) for weight in weights)
+        return self._informed
 
     @property
     def taken(self) -> int:

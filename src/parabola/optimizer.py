@@ -54,7 +54,9 @@ class SecondOrder(Optimizer):
             ``skipped_steps`` of a parameter group, for ``nonfinite_gradients`` of parameters;
             ``refreshes`` of factors, of which ``root_retries`` climbed the numerical fallback chain
             and ``root_failures`` kept the old root; ``fallbacks`` of factors to the graft's step;
-            ``curvature_vectors`` taken in, ``nonfinite_curvature`` vectors dropped.
+            ``curvature_vectors`` given, ``nonfinite_curvature`` of them dropped,
+            ``missing_curvature`` where the gradient stood in, for each bucket and step;
+            ``idle_curvature`` blocks of an optimizer that takes none.
     """
 
     method: ClassVar[Method]
@@ -89,8 +91,9 @@ class SecondOrder(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         work, failures = list(self._work()), self.stats["root_failures"]
+        clock = self._clock() if any(map(self.method.fed, self.param_groups)) else 0
         for group, layout, grads in work:
-            self._step_group(group, layout, grads)
+            self._step_group(group, layout, grads, clock)
         self.stats["steps"] += bool(work)
         self._feed = Feed()
         failures = self.stats["root_failures"] - failures
@@ -99,11 +102,19 @@ class SecondOrder(Optimizer):
         return loss
 
     def _step_group(
-        self, group: dict[str, Any], layout: Layout, grads: Sequence[Tensor | None]
+        self,
+        group: dict[str, Any],
+        layout: Layout,
+        grads: Sequence[Tensor | None],
+        clock: int,
     ) -> None:
         """One step of a parameter group, whose gradients have passed inspection."""
         method, exchange, joint = self.method, self._exchange, []
-        due = layout.taken % group["update_every"] == 0 if method.fed(group) else True
+        due = method.fed(group) and self._due(group, layout, clock)
+        if (
+            due and not self._feed.vectors
+        ):  # a gradient of zeros, as checkpoints make, tells nothing
+            due = any(g is not None and bool(g.any()) for g in grads)
         for bucket, own in layout.active(grads):
             options = options_of(method, bucket.block, group)
             if grafting.fused_adam(bucket, options):
@@ -220,9 +231,11 @@ class SecondOrder(Optimizer):
         """
         params = [p for group in self.param_groups for p in group["params"]]
         blocks = len(self._feed.vectors) + self._feed.dropped
-        taken = max(self._taken(index, group) for index, group in enumerate(self.param_groups))
-        with captured(params, 64 * taken + blocks, model, scaler) as vector:
+        with captured(params, 64 * self._clock() + blocks, model, scaler) as vector:
             yield
+        if not any(map(self.method.fed, self.param_groups)):
+            faults.on_idle_curvature(self.stats, type(self).__name__)
+            return
         trusting = all(group["nonfinite"] == "ignore" for group in self.param_groups)
         if trusting or faults.all_finite(list(vector.values())):
             self._feed.vectors.append(vector)
@@ -234,18 +247,23 @@ class SecondOrder(Optimizer):
     @property
     def wants_curvature(self) -> bool:
         """True when the coming step takes in what `curvature` was given: every ``update_every``."""
-        groups = enumerate(self.param_groups)
+        clock = self._clock()
         return any(
-            self.method.fed(group) and self._taken(index, group) % group["update_every"] == 0
-            for index, group in groups
+            self.method.fed(group)
+            and (clock == 0 or self._due(group, self._layout(i, group), clock))
+            for i, group in enumerate(self.param_groups)
         )
 
-    def _taken(self, index: int, group: dict[str, Any]) -> int:
-        """Steps taken so far, by the parameter of a group that took most."""
-        if index in self._layouts:
-            return self._layouts[index].taken
-        counts = (self.state[p].get("step", 0) for p in group["params"] if p in self.state)
-        return int(max(map(float, counts), default=0.0))
+    def _due(self, group: dict[str, Any], layout: Layout, clock: int) -> bool:
+        """Whether curvature is due in the coming step, or overdue: none has come in yet."""
+        return clock % group["update_every"] == 0 or not layout.informed
+
+    def _clock(self) -> int:
+        """Steps taken so far, by the parameter that took most."""
+        if len(self._layouts) == len(self.param_groups):
+            return max(layout.taken for layout in self._layouts.values())
+        params = (p for group in self.param_groups for p in group["params"] if p in self.state)
+        return int(max((float(self.state[p].get("step", 0)) for p in params), default=0.0))
 
     def _vectors(
         self, bucket: Bucket, grads: Sequence[Tensor], due: bool, options: Options

@@ -99,7 +99,6 @@ class Piece:
         self.statistics = {a: torch.zeros(n, n).double() for a, n in sides.items()}
         self.bases = {a: torch.eye(n).double() for a, n in sides.items()}
         self.fresh = dict.fromkeys(axes, True)
-        self.spectrum = {a: torch.zeros(n).double() for a, n in sides.items()}
 
     def project(self, x: Tensor) -> Tensor:
         for axis in self.axes:
@@ -219,9 +218,8 @@ class DiagonalOracle:
             d = torch.ones_like(piece.d)
             for axis in piece.axes:
                 shape = [-1 if a == axis else 1 for a in range(d.ndim)]
-                values = piece.spectrum[axis]
-                if values.sum() == 0:  # no basis yet: the coordinates are the elements
-                    values = piece.statistics[axis].diagonal()
+                basis = piece.bases[axis]
+                values = (basis.T @ piece.statistics[axis] @ basis).diagonal().clamp(min=0.0)
                 total = values.sum()
                 d = d * (values / total if total > 0 else values).view(shape)
             trace = piece.statistics[piece.axes[0]].trace()  # as of now, not of the last refresh
@@ -258,4 +256,3 @@ class DiagonalOracle:
             new = orthogonal_iteration(statistic, basis)
         piece.fresh[axis] = False
         piece.change_basis(axis, new)
-        piece.spectrum[axis] = (new.T @ statistic @ new).diagonal().clamp(min=0.0)

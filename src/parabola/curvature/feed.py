@@ -55,7 +55,10 @@ def captured(
 
     Raises:
         RuntimeError: no parameter has a gradient at the end, or one has a sparse one.
+        TypeError: ``model`` is no module.
     """
+    if not isinstance(model, nn.Module | None):
+        raise TypeError(f"model must be a module or None, got {type(model).__name__}")
     # Under DDP a gradient may be a view of a bucket into which the block's backward writes too.
     shared = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     kept = [p.grad.clone() if shared and p.grad is not None else p.grad for p in params]
@@ -71,14 +74,20 @@ def captured(
                 "no parameter of this optimizer has a gradient at the end of its curvature block; "
                 "expected: a backward(), or p.grad set by hand"
             )
-        for g in given.values():
+        for p, g in given.items():
             if g.layout is not torch.strided:
-                raise RuntimeError(f"curvature of layout {g.layout}; allowed: dense")
+                raise RuntimeError(
+                    f"the curvature of a parameter of shape {tuple(p.shape)} has layout "
+                    f"{g.layout}; allowed: dense"
+                )
         factor = terms.correction()
         if scaler is not None:
             factor = factor / scaler.get_scale()
-        # Copies, because p.grad is the user's.
-        vector.update({p: (g * factor).to(g.dtype) for p, g in given.items()})
+        grads = list(given.values())  # multiplied they are copies: p.grad is the user's
+        scaled = torch._foreach_mul(grads, factor)
+        vector.update(
+            zip(given, (h.to(g.dtype) for h, g in zip(scaled, grads, strict=True)), strict=True)
+        )
     finally:
         for p, before in zip(params, kept, strict=True):
             p.grad = before
@@ -95,7 +104,7 @@ def _own_randomness(params: Sequence[Tensor], tick: int) -> Iterator[None]:
         seed = (base + 0x9E3779B97F4A7C15 * (tick + 1) + 0xD1B54A32D192ED03 * rank) % (1 << 63)
         torch.default_generator.manual_seed(seed)
         for device in kinds:
-            with torch.device(device):
+            with getattr(torch, kind).device(device):
                 getattr(torch, kind).manual_seed(seed)
         yield
 
@@ -103,16 +112,16 @@ def _own_randomness(params: Sequence[Tensor], tick: int) -> Iterator[None]:
 @contextmanager
 def _still_statistics(model: nn.Module | None) -> Iterator[None]:
     """Put the buffers of normalization layers back that a forward pass in training mode changes."""
-    saved: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
+    saved: dict[int, list[tuple[Tensor, Tensor]]] = {}
 
     def keep(root: nn.Module, _: object = None) -> None:
-        if root in saved:
+        if id(root) in saved:
             return
         for module in root.modules():  # all at once: inside a compiled model no hook is called
-            if module not in saved:
+            if id(module) not in saved:
                 changing = isinstance(module, _NormBase) and module.training
                 buffers = module.buffers(recurse=False) if changing else ()
-                saved[module] = [(b, b.detach().clone()) for b in buffers]
+                saved[id(module)] = [(b, b.detach().clone()) for b in buffers]
 
     hook = None if model is not None else register_module_forward_pre_hook(keep)
     if model is not None:

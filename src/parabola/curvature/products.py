@@ -126,10 +126,11 @@ def hutchinson_(
     Args:
         loss: 0-d, with its graph, differentiable twice: the fused attention kernels are not, use
             ``torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`` for that forward pass.
-        params: What to differentiate by; those that the loss does not depend on get zeros.
+        params: What to differentiate by, frozen ones aside; those that the loss does not depend on
+            get zeros.
         generator: Source of the signs; None is torch's default one.
     """
-    wanted = list(params)
+    wanted = [p for p in params if p.requires_grad]
     probes = [signs(p.detach(), generator) for p in wanted]
     grads = torch.autograd.grad(
         loss, wanted, create_graph=True, allow_unused=True, materialize_grads=True

@@ -35,13 +35,18 @@ class Terms:
         total: The sum of all counts.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, outer: "Terms | None" = None) -> None:
+        self.outer = outer
         self.first: int | Tensor | None = None
         self.total: int | Tensor = 0
 
     def add(self, count: int | Tensor) -> float | Tensor:
         """Count some terms; returns the factor on the sum of their losses."""
-        if self.first is None:
+        if self.outer is not None:
+            self.outer.add(count)
+            if self.first is None:
+                self.first = self.outer.first
+        elif self.first is None:
             self.first = _at_least_one(count)
         self.total = self.total + count
         return _inverse_root(self.first)
@@ -70,8 +75,13 @@ class Terms:
 
 @contextmanager
 def counting() -> Iterator[Terms]:
-    """Count the terms of every `weight` inside, in this thread; an inner block counts its own."""
-    terms = Terms()
+    """Count the terms of every `weight` inside, in this thread.
+
+    An inner block counts its own; those of one that opens before anything was counted count for
+    the outer one too: ``with a.curvature(), b.curvature():`` feeds two optimizers.
+    """
+    outer = _current.get()
+    terms = Terms(outer if outer is not None and outer.first is None else None)
     token = _current.set(terms)
     try:
         yield terms

@@ -28,7 +28,7 @@ CHUNK = 1024
 ROOT, POSITIVE, RMS = 1, 2, 4
 """Modes, which add up: power 1/2; negative D count as zero; D holds mean squares."""
 
-(SIGN, COUPLED, BETA1, NEW1, INVERSE1, CLIP, LR, KEEP, ZERO) = range(9)
+(SIGN, COUPLED, BETA1, NEW1, INVERSE1, CLIP, LR, KEEP, ZERO, INF) = range(10)
 """Positions of constants."""
 
 
@@ -42,7 +42,16 @@ def supports(dtype: torch.dtype) -> bool:
 
 @part
 def _scales(
-    s: Any, v: Any, low: int, n: int, factor: Any, ridge: Any, mode: int, zero: Any, numerator: Any
+    s: Any,
+    v: Any,
+    low: int,
+    n: int,
+    factor: Any,
+    ridge: Any,
+    mode: int,
+    zero: Any,
+    inf: Any,
+    numerator: Any,
 ) -> None:
     """``numerator (D factor + ridge)^-power`` into s, 0 where that is infinite."""
     if mode & POSITIVE:
@@ -62,7 +71,8 @@ def _scales(
             s[j] = math.sqrt(s[j])
     for j in range(n):
         x = s[j]
-        s[j] = numerator / x if x != zero else zero
+        y = numerator / x
+        s[j] = y if y < inf else zero
 
 
 @part
@@ -81,7 +91,7 @@ def _sweep(
 ) -> None:
     sign, coupled, beta1, new1, inverse1 = c[SIGN], c[COUPLED], c[BETA1], c[NEW1], c[INVERSE1]
     clip, lr, keep, zero = c[CLIP], c[LR], c[KEEP], c[ZERO]
-    _scales(s, v, low, n, factor, ridge, mode, zero, inverse1 if factor > 0 else zero)
+    _scales(s, v, low, n, factor, ridge, mode, zero, c[INF], inverse1 if factor > 0 else zero)
     if beta1 != 0:
         for j in range(n):
             i = low + j
@@ -194,6 +204,7 @@ def _constants(t: int, options: Mapping[str, Any], dtype: Any) -> tuple[Any, int
         LR: lr,
         KEEP: 1.0 - lr * decay if options["decoupled"] else 1.0,
         ZERO: 0.0,
+        INF: math.inf,
     }
     mode = ROOT * (options["power"] == 0.5) | POSITIVE * (estimates and not rms) | RMS * rms
     return np.array([values[i] for i in range(len(values))], dtype), mode

@@ -180,7 +180,7 @@ class DiagonalMethod(Method):
             misfit = linalg.misfit(matrix, basis)
             fits = misfit <= options["tolerance"]
             exact |= misfit > LOST
-            if bool(fits.all()):
+            if bool(fits.all()) and not _needs_values(options):
                 return Refreshed({})
         values, ok = torch.zeros_like(matrix[:, 0]), torch.ones_like(exact)
         for rows, tracked in ((exact & ~fits, False), (~exact & ~fits, True)):
@@ -295,7 +295,7 @@ def _graft(options: Options) -> str | None:
 
 
 def _needs_values(options: Options) -> bool:
-    return bool(options["spectrum"] == "product" or options["factors"] == "kl")
+    return bool(options["factors"] == "kl")
 
 
 def _bases(state: State, block: Block, options: Options, n: int) -> dict[int, Tensor]:
@@ -339,15 +339,15 @@ def _whitened(state: State, x: Tensor, axis: int, block: Block, options: Options
 def _spectrum(state: State, block: Block, options: Options) -> Tensor:
     """D without its bias correction, a new tensor.
 
-    A product of spectra has the shape of the last refresh and the trace of now; before the first
-    one the diagonals of the factors stand in.
+    A product of spectra takes the Rayleigh quotients of the factors as they are now: eigenvalues of
+    the last refresh would be zero where later vectors are not.
     """
     if "diagonal" in state:
         return state["diagonal"].clone()
     d, first = torch.ones_like(state["weight"]), state[name(block.axes[0])]
     for axis in block.axes:
-        values, diagonal = state[f"{name(axis)}_values"], state[name(axis)].diagonal(dim1=1, dim2=2)
-        values = torch.where(values.sum(1, keepdim=True) > 0, values, diagonal)
+        matrix, basis = state[name(axis)], state[f"{name(axis)}_basis"]
+        values = (basis * torch.bmm(matrix, basis)).sum(1).clamp(min=0.0)
         tiny = torch.finfo(values.dtype).tiny
         share = values / values.sum(1, keepdim=True).clamp(min=tiny)
         shape = [1] * len(block.shape)
@@ -401,7 +401,7 @@ class Diagonal(SecondOrder):
             as zero, or the root of mean squares, ``"rms"`` (AdaHessian, arXiv:2006.00719).
         rho: Factor on D (Sophia).
         spectrum: ``"measured"`` in the basis (EKFAC, SOAP), or the ``"product"`` of the factors'
-            eigenvalues over their trace (K-FAC; with the gradient: Shampoo).
+            Rayleigh quotients over their trace (K-FAC; with the gradient: Shampoo).
         factors: ``"shampoo"``: H H^T; ``"kl"``: H R^-1 H^T / n, the fit by Kullback-Leibler
             divergence (arXiv:2509.03378).
         tracking: ``"qr"``: an exact decomposition first, then one orthogonal iteration a refresh;

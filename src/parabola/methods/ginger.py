@@ -30,7 +30,7 @@ from parabola.kernels import Kernel
 from parabola.linalg import lowrank
 from parabola.method import FACTOR, Block, Combined, Cost, Entry, Options, Products, SpanMethod
 from parabola.optimizer import SecondOrder
-from parabola.options import Check, integer, one_of, optional, real
+from parabola.options import FLAG, Check, integer, one_of, optional, real
 
 LEAST = 1e-3
 """Bulk damping is at least this part of the mean eigenvalue of the curvature."""
@@ -58,8 +58,8 @@ class GingerMethod(SpanMethod):
         ),
         "clip": optional(real(0, open_low=True)),
         "graft": one_of("adam", "sgd", None),
-        "debias": one_of(True, False),
-        "compensate": one_of(True, False),
+        "debias": FLAG,
+        "compensate": FLAG,
         "blocks": (_blocks, "'tensor', 'model', or lists of names or positions of parameters"),
         "curvature": one_of("gauss_newton", "empirical"),
         "kernels": one_of("auto", "torch"),

@@ -154,7 +154,7 @@ def verdict(done: Iterable[Finished]) -> str:
 def number(value: float) -> str:
     """Three digits, as short as it goes."""
     if math.isinf(value):
-        return "diverged" if value > 0 else "-inf"
+        return "never" if value > 0 else "-inf"  # diverged, or missed the target
     return f"{value:.3g}"
 
 
