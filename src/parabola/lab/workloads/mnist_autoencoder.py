@@ -60,7 +60,7 @@ class MnistAutoencoder(Workload):
         "sophia": Setting({"lr": 2.5e-4}, _SHORT.format("2.5e-4, 5e-4, 1e-3", 207.0)),
         "gn": Setting(
             {"lr": 1e-3, "damping": 0.1, "clip": 1.0},
-            _SHORT.format("3.3e-4, 1e-3, 3e-3", 202.5),
+            _SHORT.format("3.33e-4, 1e-3, 3e-3", 202.5),
         ),
         "gn-sqrt": Setting(
             {"lr": 1.6e-3, "damping": 0.1, "clip": 1.0},
