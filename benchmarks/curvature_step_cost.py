@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.optim import Optimizer
+
+import parabola
 from contenders import BETAS, BLOCK, EVERY, KRONECKER, LR, Contender, Parameters, heavyball, tensors
 from parameter_sets import SETS
 from published_soap import PublishedSOAP
 from step_cost import Entry, Workspace
-from torch.optim import Optimizer
-
-import parabola
 
 MARK = "<!-- figures -->"
 Make = Callable[[Parameters], list[Optimizer]]

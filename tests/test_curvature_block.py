@@ -400,3 +400,16 @@ def test_two_ranks_hold_one_vector_of_the_whole_batch(tmp_path):
     for row in h:
         candidates = signs @ x / 8**0.5
         assert float((candidates - row).abs().amax(1).min()) < 1e-6
+
+
+def test_two_optimizers_share_a_block():
+    """Parts of one model under optimizers of their own: both vectors count every micro-batch."""
+    parts = [nn.Parameter(torch.zeros(12, 3, dtype=torch.float64)) for _ in range(2)]
+    first, second = (parabola.Sophia([p]) for p in parts)
+    with first.curvature(), second.curvature():
+        for rows in (slice(0, 2), slice(2, 12)):
+            sampled_loss(parts[0][rows] + parts[1][rows], "cross_entropy").backward()
+    (one,), (other,) = first._feed.vectors, second._feed.vectors
+    torch.testing.assert_close(one[parts[0]], other[parts[1]], rtol=1e-12, atol=0)
+    # A score of uniform predictions has the squared length 2/3, and h is their mean over 12 terms.
+    assert float(one[parts[0]].square().sum()) == pytest.approx(2 / 3)

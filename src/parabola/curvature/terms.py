@@ -44,10 +44,9 @@ class Terms:
         """Count some terms; returns the factor on the sum of their losses."""
         if self.outer is not None:
             self.outer.add(count)
-            if self.first is None:
-                self.first = self.outer.first
-        elif self.first is None:
-            self.first = _at_least_one(count)
+        if self.first is None:
+            shared = self.outer.first if self.outer is not None else None
+            self.first = _at_least_one(count) if shared is None else shared
         self.total = self.total + count
         return _inverse_root(self.first)
 
