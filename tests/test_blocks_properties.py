@@ -48,7 +48,7 @@ def routed(params, options):
 
 def bucketed(params, options) -> list[Bucket]:
     entries = lambda block: {"copy": Entry(block.shape)}  # noqa: E731
-    return build(params, routed(params, options), entries, lambda block: {})
+    return build(params, routed(params, options), entries, lambda block: {}, lambda block: ())
 
 
 @given(shapes, cuts)

@@ -99,7 +99,7 @@ def compare_command(
     workload: WorkloadName,
     optimizers: Annotated[
         str, typer.Option(help="Names, separated by commas; sonew:band=4 sets an option.")
-    ] = "adamw,sgd,muon,shampoo,sonew,jorge",
+    ] = "adamw,sgd,muon,shampoo,sonew,jorge,soap,ginger,sophia,gn,gn-sqrt",
     seeds: Annotated[
         int, typer.Option(min=1, help="Runs of each optimizer, with seeds 0, 1, ...")
     ] = 3,
