@@ -182,7 +182,7 @@ def fused_adam_step(
     kernel = torch._fused_adamw_ if options["decoupled"] else torch._fused_adam_
     kernel(
         list(bucket.params),
-        [g.contiguous() for g in grads],
+        [g.resolve_neg().contiguous() for g in grads],
         bucket.vectors("exp_avg"),
         bucket.vectors("exp_avg_sq"),
         [],
