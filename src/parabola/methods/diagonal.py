@@ -30,8 +30,8 @@ class Diagonal(SecondOrder):
         basis: ``"identity"``; ``"kronecker"``: eigenvectors of a factor for every axis of a matrix;
             ``"full"``: of one factor over all elements of a parameter, or of its blocks of
             ``block_size``; or an orthogonal matrix, columns u_i, over the elements of every
-            parameter of the group, the same one during a run. Vectors and scalars under ``"kronecker"`` are treated in the
-            identity basis.
+            parameter of the group, the same one during a run. Vectors and scalars under
+            ``"kronecker"`` are treated in the identity basis.
         damping: Added to D. Without effect on the gradient's own statistic at power 1/2.
         relative_damping: ``damping`` counts in units of the mean of D over the block.
         clip: Largest size of a coordinate of the direction, in the basis; None for no limit.
