@@ -144,7 +144,7 @@ def verdict(done: Iterable[Finished]) -> str:
     failed = sum(not check.passed for check in checks)
     broken = [item.experiment.id for item in items if item.outcome is None]
     text = (
-        f"All {len(checks)} checks pass."
+        ("The check passes." if len(checks) == 1 else f"All {len(checks)} checks pass.")
         if not failed
         else f"{failed} of {len(checks)} checks fail."
     )
