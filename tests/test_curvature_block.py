@@ -268,7 +268,25 @@ def test_groups_have_one_clock():
         if said[-1]:
             feed(optimizer, params, [make_grads(params, 100 + number)])
         step(optimizer, params, number)
-    assert said == [True, False, False, True, True, False, True, False, False]
+    # The new group asks after a first step without curvature, then keeps to the others' turns.
+    assert said == [True, False, False, True, False, True, True, False, False]
+
+
+def test_groups_that_never_step_do_not_ask():
+    """Frozen ones, ones without a gradient, and ones without an element."""
+    moving, frozen, idle = make_params(((4, 3), (3, 2), (2, 2)))
+    frozen.requires_grad_(False)
+    empty = nn.Parameter(torch.zeros(0, 3))
+    groups = [{"params": [p]} for p in (moving, frozen, idle, empty)]
+    optimizer = parabola.Sophia(groups, 0.01, update_every=3)
+    said = []
+    for number in range(6):
+        said.append(optimizer.wants_curvature)
+        if said[-1]:
+            feed(optimizer, [moving], [make_grads([moving], 100 + number)])
+        empty.grad = torch.zeros(0, 3)
+        step(optimizer, [moving], number)
+    assert said == [True, False, False, True, False, False]
 
 
 def test_what_is_no_model_is_refused():

@@ -230,10 +230,10 @@ class Layout:
 
     @property
     def informed(self) -> bool:
-        """Whether any curvature from outside has come in. Asks an accelerator until it has."""
+        """Whether curvature has come in where some is wanted. Asks an accelerator until it has."""
         if not self._informed:
-            weights = (b.numbers["weight"] for b in self.buckets if "weight" in b.numbers)
-            self._informed = any(bool((weight > 0).any()) for weight in weights)
+            weights = [b.numbers["weight"] for b in self.buckets if "weight" in b.numbers]
+            self._informed = not weights or any(bool((w > 0).any()) for w in weights)
         return self._informed
 
     @property

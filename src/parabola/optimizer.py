@@ -111,9 +111,8 @@ class SecondOrder(Optimizer):
         """One step of a parameter group, whose gradients have passed inspection."""
         method, exchange, joint = self.method, self._exchange, []
         due = method.fed(group) and self._due(group, layout, clock)
-        if (
-            due and not self._feed.vectors
-        ):  # a gradient of zeros, as checkpoints make, tells nothing
+        if due and not self._feed.vectors:
+            # A gradient of zeros, as checkpoints make to initialize a state, tells nothing.
             due = any(g is not None and bool(g.any()) for g in grads)
         for bucket, own in layout.active(grads):
             options = options_of(method, bucket.block, group)
@@ -223,6 +222,7 @@ class SecondOrder(Optimizer):
 
         Raises:
             RuntimeError: no parameter has a gradient when the block ends, or one has a sparse one.
+            TypeError: ``model`` is no module.
 
         Example:
             >>> if opt.wants_curvature:
@@ -255,8 +255,9 @@ class SecondOrder(Optimizer):
         )
 
     def _due(self, group: dict[str, Any], layout: Layout, clock: int) -> bool:
-        """Whether curvature is due in the coming step, or overdue: none has come in yet."""
-        return clock % group["update_every"] == 0 or not layout.informed
+        """Whether curvature is due in the coming step, or overdue: steps were taken without any."""
+        overdue = layout.taken > 0 and not layout.informed
+        return overdue or clock % group["update_every"] == 0
 
     def _clock(self) -> int:
         """Steps taken so far, by the parameter that took most."""
