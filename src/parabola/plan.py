@@ -160,7 +160,8 @@ def _row(method: Method, group: Mapping[str, Any], name: str, route: Route, p: T
             size = (entry.dtype or state_dtype(p)).itemsize
             state += tile.rows * size * prod(entry.shape)
         if tile.block.treated:
-            state += tile.rows * layout.HOST_BYTES * len(method.factors(tile.block, group))
+            host_bytes = 4 * len(layout.bookkeeping(group))
+            state += tile.rows * host_bytes * len(method.factors(tile.block, group))
             once = tile.rows if tile.block.shape else 1
             state += once * state_dtype(p).itemsize * len(method.numbers(tile.block, group))
             cost = method.cost(tile.block, group)

@@ -26,6 +26,10 @@ class Exchange(Protocol):
         """Move the parameters of a bucket along its directions ``(n, *block)``."""
         ...
 
+    def agree(self, value: float) -> float:
+        """One value for all processes, where each has measured its own."""
+        ...
+
 
 class Local:
     """Everything in this process."""
@@ -38,6 +42,10 @@ class Local:
         if options["weight_decay"] and not options["decoupled"]:
             bucket.add(g, bucket.params, alpha=options["weight_decay"])
         return g
+
+    def agree(self, value: float) -> float:
+        """The value itself."""
+        return value
 
     def deliver(self, bucket: Bucket, d: Tensor, options: Options) -> None:
         """``p <- p - lr (d + weight_decay p)``; ``d`` is used up.
