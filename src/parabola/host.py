@@ -357,4 +357,6 @@ def _current() -> _Pool:
     return _pool
 
 
-atexit.register(lambda: _current().close())
+@atexit.register
+def _close() -> None:
+    _current().close()
