@@ -89,11 +89,13 @@ class Refreshed(NamedTuple):
         ok: ``(m,)`` bool. The engine keeps the old values of a row that is not ok. None: all rows
             are sound, and nobody has to wait for an accelerator to learn it.
         retries: ``(m,)`` integers. Rungs of the numerical fallback chain that were climbed.
+        residual: ``(m,)``. How well the new values pass the method's own test; for `metrics`.
     """
 
     tensors: State
     ok: Tensor | None = None
     retries: Tensor | None = None
+    residual: Tensor | None = None
 
 
 class Method:
@@ -156,6 +158,17 @@ class Method:
         """What ``refresh`` of this factor reads: names of state tensors, and `GRADIENT`.
 
         A factor that reads the gradient is refreshed from the first step on.
+        """
+        return ()
+
+    def symmetric(self, factor: str) -> tuple[str, ...]:
+        """Which of the inputs are symmetric matrices: of those, half travels to host threads."""
+        return ()
+
+    def outputs(self, factor: str, options: Options) -> tuple[str, ...]:
+        """State tensors that `refresh` of this factor renews; what it leaves out of them stays.
+
+        With them a factor that does not read the gradient can be refreshed on host threads.
         """
         return ()
 

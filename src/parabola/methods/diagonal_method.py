@@ -164,6 +164,15 @@ class DiagonalMethod(Method):
         """The statistic and the basis that is to follow it."""
         return (factor, f"{factor}_basis")
 
+    def symmetric(self, factor: str) -> tuple[str, ...]:
+        """The statistic."""
+        return (factor,)
+
+    def outputs(self, factor: str, options: Options) -> tuple[str, ...]:
+        """The basis, and eigenvalues where they are needed."""
+        basis = f"{factor}_basis"
+        return (basis, f"{factor}_values") if _needs_values(options) else (basis,)
+
     def refresh(self, state: State, factor: str, block: Block, options: Options) -> Refreshed:
         """Equation (2): exactly at first, then by one orthogonal iteration from the last basis.
 

@@ -47,6 +47,11 @@ class JorgeMethod(Method):
         "variant": one_of("symmetric", "paper"),
         "step_fraction": optional(real(0, 1, open_low=True)),
         "graft": one_of("sgd", "adam", None),
+        "refresh": (
+            one_of("inline", "staggered")[0],
+            "'inline' or 'staggered' (an update is a few products with the gradient at hand: there "
+            "is nothing to move to host threads)",
+        ),
     }
 
     def init(self, block: Block, options: Options) -> dict[str, Entry]:
