@@ -18,6 +18,7 @@ from parabola import blocks, grafting
 from parabola.blocks import Bucket
 from parabola.method import Block, ChainMethod, Entry, Method, Options, SpanMethod
 from parabola.options import frozen
+from parabola.recompute import absent, recompute
 from parabola.refresh import assign_phases
 from parabola.routing import STRUCTURAL, Route, chain, elements, route, spanned
 
@@ -135,7 +136,14 @@ class Layout:
             costs = [list(factors(method, b.block, group).values()) for b in self.buckets]
             assign_phases(self.buckets, costs, group["update_every"])
         self.step_views = list(self.steps.unbind(0))
+        options = [options_of(method, b.block, group) for b in self.buckets]
+        lost = [absent(method, b, state, o) for b, o in zip(self.buckets, options, strict=True)]
         self._adopt(state)
+        clock = self.steps.tolist()
+        for bucket, its_options, rows in zip(self.buckets, options, lost, strict=True):
+            if any(map(len, rows.values())) and bool(bucket.refreshed.any()):
+                bucket.t = _rows_clock([clock[slot] for slot in bucket.slots], bucket.splits)
+                recompute(method, bucket, rows, its_options)
         if previous is not None:
             self._drop(previous)
         self._own = [state[p] for p in self.params]

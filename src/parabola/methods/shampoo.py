@@ -63,6 +63,10 @@ class ShampooMethod(Method):
         """A root is computed from its statistic alone."""
         return (factor,)
 
+    def derived(self, factor: str) -> tuple[str, ...]:
+        """The root."""
+        return (f"{factor}_root",)
+
     def refresh(self, state: State, factor: str, block: Block, options: Options) -> Refreshed:
         """Equation (2)."""
         statistic, exponent = state[factor], _exponent(block, options)
