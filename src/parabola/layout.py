@@ -24,6 +24,7 @@ from parabola.latency import Warmup
 from parabola.method import GRADIENT, Block, ChainMethod, Entry, Method, Options, SpanMethod
 from parabola.offload import NEXT, land
 from parabola.options import frozen
+from parabola.recompute import absent, recompute
 from parabola.routing import STRUCTURAL, Route, chain, elements, route, spanned
 from parabola.schedule import assign_phases
 from parabola.tiles import Share, Tile
@@ -35,9 +36,13 @@ BLOCK = re.compile(r"b(\d+)/")
 """How the keys of a block begin."""
 
 
+HOST, PENDING = ("refreshed", "failures"), "pending"
+"""Bookkeeping of every block, kept on the host: ``(factors,)`` int32 each."""
+
+
 def bookkeeping(group: Mapping[str, Any]) -> tuple[str, ...]:
-    """Bookkeeping of every block, kept on the host: ``(factors,)`` int32 each."""
-    return ("refreshed", "failures", *(("pending",) if group.get("refresh") == "async" else ()))
+    """What of it a group has."""
+    return (*HOST, PENDING) if group.get("refresh") == "async" else HOST
 
 
 def names_of(group: Mapping[str, Any]) -> list[str]:
@@ -229,7 +234,15 @@ class Layout:
             )
         self.warmup = Warmup()
         self.step_views = list(self.steps.unbind(0))
+        options = [options_of(method, b.block, group) for b in self.buckets]
+        both = list(zip(self.buckets, options, strict=True))
+        lost = [absent(method, bucket, self.params, state, own) for bucket, own in both]
         self._adopt(state, bookkeeping(group))
+        clock = self.steps.tolist()
+        for (bucket, its_options), rows in zip(both, lost, strict=True):
+            if any(map(len, rows.values())) and bool(bucket.refreshed.any()):
+                bucket.t = _rows_clock([clock[slot] for slot in bucket.slots], bucket.splits)
+                recompute(method, bucket, rows, its_options)
         if previous is not None:
             self._drop(previous)
             self._inherit(previous)

@@ -71,6 +71,10 @@ class ShampooMethod(Method):
         """The root."""
         return (f"{factor}_root",)
 
+    def derived(self, factor: str) -> tuple[str, ...]:
+        """The root."""
+        return (f"{factor}_root",)
+
     def refresh(self, state: State, factor: str, block: Block, options: Options) -> Refreshed:
         """Equation (2)."""
         statistic, exponent = state[factor], _exponent(block, options)
