@@ -87,6 +87,8 @@ def _step_shards(
         if lengths is not None:
             squares[own] = lengths.T
         part.copy_(u)
+    if patches is not None:
+        patches.store()
     if started:
         totals = shards.total(squares).T if grafted else None
         for piece, own, rows in _pieces(run):

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Chains of local shards near their cuts: worked out in patches, with what other ranks hold.
 
-The walk over a run of shards takes neighbours in memory for neighbours in their chain. That is
-wrong within a band of each cut, and there the results of the patches take its place. See
-`parabola.distributed.halos`.
+The walk over a run of shards takes a cut for the end of a chain. Within a band of each cut its
+results are wrong, and those of the patches take their place. See `parabola.distributed.halos`.
 """
 
 from collections.abc import Sequence
@@ -43,17 +42,23 @@ class Patches:
         self.state = dict(zip(bucket.state, state, strict=True))
 
     def accumulate(self) -> None:
-        """Take the gradient into the statistics, and put them where the run has wrong ones."""
+        """Take the gradient into the statistics."""
         if not len(self.g):
             return
-        slots, rows = self.halos.targets
         self._method.accumulate_chain(self.state, self.g, self.halos.breaks, self._options)
         if "exp_avg" in self.state:
             self.state["exp_avg"].lerp_(self.g, 1.0 - self._options["betas"][0])
         for name, value in self._bucket.state.items():
-            kept = self.state[name].to(value.dtype)
-            value.index_copy_(0, rows, kept.index_select(0, slots))
-            self.state[name] = kept.to(self.g.dtype)
+            self.state[name] = self.state[name].to(value.dtype).to(self.g.dtype)
+
+    def store(self) -> None:
+        """Put the statistics where the run has wrong ones: at the end, the walk needs its own."""
+        if not len(self.g):
+            return
+        slots, rows = self.halos.targets
+        for name, value in self._bucket.state.items():
+            kept = self.state[name].index_select(0, slots)
+            value.index_copy_(0, rows, kept.to(value.dtype))
 
     def direct(self, means: Tensor, correction: float) -> None:
         """Work out the directions.
@@ -94,9 +99,7 @@ def needed(method: ChainMethod, bucket: Bucket, shards: Shards, options: Options
     return found.cut or bool(found.slots.any())
 
 
-def _gradients(
-    bucket: Bucket, grads: Sequence[Tensor], halos: Halos, options: Options
-) -> Tensor:
+def _gradients(bucket: Bucket, grads: Sequence[Tensor], halos: Halos, options: Options) -> Tensor:
     """The picked elements of all gradients as they enter the step, in the dtype of all arithmetic.
 
     With their sign and the coupled decay, as `parabola.distributed.Exchange.collect` has it.

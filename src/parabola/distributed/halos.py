@@ -90,14 +90,15 @@ def distinct(boxes: Sequence[Box]) -> dict[Box, list[int]]:
 
 
 def ends(shape: Sequence[int], box: Box, chain: int) -> Tensor:
-    """Elements of a flattened box that are the last of their chain, int64, ascending."""
+    """Elements of a flattened box that are the last of their chain, or stretch, int64."""
     if not box.numel:
         return torch.empty(0, dtype=torch.int64, device="cpu")
     _, start, end, position = _stretches(shape, [box])
     skipped = start.div(chain, rounding_mode="floor")
     count = end.div(chain, rounding_mode="floor") - skipped
     number = _within(count) + skipped.repeat_interleave(count) + 1
-    return number * chain - 1 + (position - start).repeat_interleave(count)
+    of_chains = number * chain - 1 + (position - start).repeat_interleave(count)
+    return torch.cat([of_chains, position + end - start - 1])
 
 
 def edges(shape: Sequence[int], boxes: Sequence[Box], chain: int, band: int, rank: int) -> Edges:
@@ -273,7 +274,10 @@ def halos(found: Sequence[Edges], sizes: Sequence[int], world: int, device: torc
         return torch.cat([x + shift for x, shift in zip(parts, shifts, strict=False)])
 
     fetched = joined([e.fetched[0] for e in found], slot)
-    target = [joined([e.targets[0] for e in found], slot), joined([e.targets[1] for e in found], row)]
+    target = [
+        joined([e.targets[0] for e in found], slot),
+        joined([e.targets[1] for e in found], row),
+    ]
     breaks = [joined(parts, slot) for parts in zip(*(e.breaks for e in found), strict=True)]
     return Halos(
         [x.to(device) for x in picks],
@@ -314,8 +318,10 @@ def traffic(
         itemsize: Bytes of an element there.
     """
     world = len(boxes[0])
-    found = [
-        edges(*member, band, rank) for member in zip(shapes, boxes, chains, strict=True)
-    ] if chains and band else []
+    found = (
+        [edges(*member, band, rank) for member in zip(shapes, boxes, chains, strict=True)]
+        if chains and band
+        else []
+    )
     away = sum(int((e.given[1] != rank).sum()) for e in found)
     return FLOAT64 * sums * len(shapes) * (world - 1) + away * fields * itemsize

@@ -47,7 +47,9 @@ class Shards:
     def select(self, members: Iterable[int]) -> "Shards":
         """The same for some of the members."""
         chosen = list(members)
-        found = Shards(self.group, [self.shapes[i] for i in chosen], [self.boxes[i] for i in chosen])
+        found = Shards(
+            self.group, [self.shapes[i] for i in chosen], [self.boxes[i] for i in chosen]
+        )
         found._sent = self._sent
         return found
 
@@ -139,7 +141,7 @@ def totals(parts: Sequence[tuple[Shards, Tensor]]) -> list[Tensor]:
         first = parts[chosen[0]][0]
         rows = [parts[i][1].double().reshape(len(parts[i][1]), -1) for i in chosen]
         gathered = _gathered(first, torch.cat([x.flatten() for x in rows]))
-        pieces = gathered.split([x.numel() for x in rows], dim=1)
+        pieces = torch.split(gathered, [x.numel() for x in rows], dim=1)
         for i, x, piece in zip(chosen, rows, pieces, strict=True):
             shards, given = parts[i]
             counts = shards._counts.to(x.device).unsqueeze(2)
@@ -151,6 +153,8 @@ def totals(parts: Sequence[tuple[Shards, Tensor]]) -> list[Tensor]:
 def _gathered(shards: Shards, x: Tensor) -> Tensor:
     """Every rank's own ``(n,)`` numbers, ``(ranks, n)``."""
     into = x.new_empty(shards.world * len(x))
-    dist.all_gather_into_tensor(into, x, group=shards.group)
+    # Its newer name, where there is one: the older one warns there.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(into, x, group=shards.group)
     shards._sent[0] += FLOAT64 * len(x) * (shards.world - 1)
     return into.view(shards.world, -1)
