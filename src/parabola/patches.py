@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from parabola.blocks import Bucket
-from parabola.distributed.halos import Halos
-from parabola.distributed.shards import Shards
+from parabola.distributed.shards import Halos, Shards
 from parabola.method import ChainMethod, Options
 
 

@@ -9,6 +9,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor
 
 import parabola
 from parabola import blocks, chains, grafting, layout, spans
+from parabola.blocks import Bucket
 from parabola.distributed import Local
 from parabola.distributed.geometry import Box, chunk
 from parabola.distributed.halos import traffic
@@ -27,7 +29,7 @@ from parabola.method import FACTOR, ChainMethod, SpanMethod
 from parabola.tiles import Member
 
 SHAPES = ((10, 6), (3, 7), (2, 5), (5, 4, 3), (4, 3, 2, 2), (9,), (6, 1), (1, 8))
-STEPS = 5
+STEPS = 4
 
 
 def rows(shape: tuple[int, ...], rank: int, world: int) -> Box:
@@ -73,6 +75,7 @@ class Case:
     dtype: torch.dtype = torch.float64
     sums: int = 0  # numbers a parameter that are summed in a step
     exact: bool = False  # nothing but elementwise work: the same bits
+    split: bool = False  # every run is stepped in two stretches
 
     def traffic(self, shapes: Any, boxes: Any, rank: int, lengths: list[int]) -> int:
         """Bytes that a rank should send in a step."""
@@ -93,16 +96,18 @@ class Case:
 def _sonew(name: str, **options: Any) -> Case:
     dtype = options.pop("dtype", torch.float64)
     graft = options.get("graft", "adam")
+    split = options.pop("split", False)
     given = {"kernels": "torch", "start_step": 1, "weight_decay": 0.1, **options}
-    return Case(f"sonew-{name}", parabola.SONew, given, 0, dtype, 1 if graft is None else 3)
+    sums = 1 if graft is None else 3
+    return Case(f"sonew-{name}", parabola.SONew, given, 0, dtype, sums, split=split)
 
 
 def _ginger(name: str, vectors: int = 1, **options: Any) -> Case:
-    dtype = options.pop("dtype", torch.float64)
+    dtype, split = options.pop("dtype", torch.float64), options.pop("split", False)
     given = {"kernels": "torch", "start_step": 1, "weight_decay": 0.1, **options}
     q = given.get("rank", 4) + vectors + 1
     sums = q * q + (0 if given.get("graft", "adam") is None else 2)
-    return Case(f"ginger-{name}", parabola.Ginger, given, vectors, dtype, sums)
+    return Case(f"ginger-{name}", parabola.Ginger, given, vectors, dtype, sums, split=split)
 
 
 def _diagonal(name: str, vectors: int = 0, **options: Any) -> Case:
@@ -124,7 +129,17 @@ CASES = (
     _sonew("rows-band2", chain="row", band=2, graft="sgd", decoupled=False, maximize=True),
     _sonew("rows-bare", chain="row", band=4, graft=None, absolute_floor=0.1),
     _sonew("float32", band=2, dtype=torch.float32),
+    _sonew("stretches", band=2, split=True),
+    _sonew(
+        "bfloat16",
+        state_dtype=torch.bfloat16,
+        betas=(0.9, 0.95),
+        damping=1e-2,
+        drop_tolerance=1e-2,
+        dtype=torch.float32,
+    ),
     _ginger("rank1", rank=1),
+    _ginger("stretches", rank=2, blocks="model", split=True),
     _ginger("rank2", rank=2, vectors=2, graft="sgd", betas=(0.0, 0.9), decoupled=False),
     _ginger("model", blocks="model", rank=3, clip=0.5, momentum=0.9),
     _ginger("model-two", blocks="model", vectors=2, graft=None, damping=1.0),
@@ -144,6 +159,7 @@ PLACES: Mapping[int, tuple[Place, ...]] = {
     3: (rows, columns, depth),
     4: (rows, columns, hybrid, grid),
 }
+"""Processes -> how parameters are cut among them."""
 
 
 def cut(box: Box, x: Tensor) -> Tensor:
@@ -161,7 +177,10 @@ def noise(seed: int, dtype: torch.dtype) -> list[Tensor]:
 class Sharded:
     """The steps of one rank."""
 
-    def __init__(self, case: Case, whole: Any, place: Place, rank: int, world: int) -> None:
+    def __init__(
+        self, case: Case, whole: Any, place: Place, rank: int, world: int, group: Any
+    ) -> None:
+        self.split = case.split
         self.method, self.group = whole.method, whole.param_groups[0]
         self.boxes = [[place(s, r, world) for r in range(world)] for s in SHAPES]
         own = [boxes[rank] for boxes in self.boxes]
@@ -179,7 +198,15 @@ class Sharded:
         )
         for run in self.runs:
             shapes, boxes = [SHAPES[i] for i in run.slots], [self.boxes[i] for i in run.slots]
-            run.shards = Shards(dist.group.WORLD, shapes, boxes)
+            run.shards = Shards(group, shapes, boxes)
+
+    @property
+    def stretches(self) -> list[Bucket]:
+        """The runs, or halves of them: members of one stretch have the same step count."""
+        if not self.split:
+            return self.runs
+        cuts = [(run, len(run.members), len(run.members) // 2) for run in self.runs]
+        return [run.stretch(*span) for run, n, k in cuts for span in ((0, k), (k, n)) if span[1]]
 
     @property
     def sent(self) -> int:
@@ -197,7 +224,7 @@ class Sharded:
 
     def step(self, t: int, grads: list[Tensor], vectors: list[list[Tensor]]) -> None:
         joint, exchange = [], Local()
-        for run in self.runs:
+        for run in self.stretches:
             run.t = t
             own = [grads[slot] for slot in run.slots]
             given = [[vector[slot] for slot in run.slots] for vector in vectors] or [own]
@@ -217,11 +244,11 @@ class Sharded:
             spans.step(self.method, exchange, joint, self.group)
 
 
-def compare(case: Case, place: Place, rank: int, world: int) -> None:
+def compare(case: Case, place: Place, rank: int, world: int, group: Any) -> None:
     """Raise unless some steps of the shards are those of the whole parameters."""
     params = [torch.nn.Parameter(x) for x in noise(0, case.dtype)]
     whole = case.cls(params, **case.options)
-    parts = Sharded(case, whole, place, rank, world)
+    parts = Sharded(case, whole, place, rank, world, group)
     boxes = [own[rank] for own in parts.boxes]
     for t in range(1, STEPS + 1):
         vectors = [noise(100 * t + k + 1, case.dtype) for k in range(case.vectors)]
@@ -266,26 +293,28 @@ def member_view(member: Member, value: Tensor) -> Tensor:
     return rows.reshape(*member.param.shape, *rows.shape[1:])
 
 
-def _worker(rank: int, world: int, folder: str) -> None:
+def _worker(rank: int, folder: str, worlds: tuple[int, ...]) -> None:
     torch.set_num_threads(1)
-    store = dist.FileStore(f"{folder}/store", world)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+    store = dist.FileStore(f"{folder}/store", max(worlds))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=max(worlds))
     found = {}
-    for case in CASES:
-        for place in PLACES[world]:
+    for world in worlds:
+        places = PLACES[world]
+        group = dist.new_group(range(world))
+        for case, place in product(CASES, places if rank < world else ()):
             try:
-                compare(case, place, rank, world)
+                compare(case, place, rank, world, group)
             except AssertionError:
-                found[f"{case.id}-{place.__name__}"] = traceback.format_exc()
+                found[f"{case.id}-{place.__name__}-{world}"] = traceback.format_exc()
     Path(folder, f"{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 
 
-def run_world(world: int) -> dict[str, str]:
-    """What went wrong in which case, on any rank."""
+def run(*worlds: int) -> dict[str, str]:
+    """What went wrong in which case, on any rank, in groups of so many processes."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_worker, (world, folder), nprocs=world)
-        texts = [Path(folder, f"{rank}.json").read_text() for rank in range(world)]
+        mp.spawn(_worker, (folder, worlds), nprocs=max(worlds))
+        texts = [Path(folder, f"{rank}.json").read_text() for rank in range(max(worlds))]
     found: dict[str, str] = {}
     for rank, text in enumerate(texts):
         for name, error in json.loads(text).items():

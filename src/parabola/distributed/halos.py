@@ -11,7 +11,6 @@ All of it follows from shapes and boxes, in plain integers, the same on every ra
 """
 
 from collections.abc import Sequence
-from itertools import pairwise
 from math import prod
 from typing import NamedTuple
 
@@ -218,80 +217,6 @@ def _breaks(at: Tensor, chain: int, band: int) -> list[Tensor]:
         apart[:, :-k] = chains[:, k:] != chains[:, :-k]
         found.append(apart.flatten().nonzero().squeeze(1))
     return found
-
-
-class Halos(NamedTuple):
-    """The cuts of all members of a run together: int64 on the run's device.
-
-    Attributes:
-        picks: For every member the elements, of its flattened box, that are read.
-        rows: The same as rows of the run, all members one after another.
-        given: Which of them are sent, by receiving rank.
-        sends: How many to each rank.
-        fetched: Slots that are received, by sending rank.
-        receives: How many from each rank.
-        own: ``(2, k)``: slots, and which of the picked elements fill them.
-        targets: ``(2, k)``: slots, and the rows that they stand for, in ascending order.
-        breaks: For k = 1..b the slots whose k-th successor is not in their chain, or patch.
-        slots: Slots of each member, on the host.
-        cut: Whether anything travels between any two ranks.
-    """
-
-    picks: list[Tensor]
-    rows: Tensor
-    given: Tensor
-    sends: list[int]
-    fetched: Tensor
-    receives: list[int]
-    own: Tensor
-    targets: Tensor
-    breaks: list[Tensor]
-    slots: Tensor
-    cut: bool
-
-
-def halos(found: Sequence[Edges], sizes: Sequence[int], world: int, device: torch.device) -> Halos:
-    """Put the edges of the members of a run together.
-
-    Args:
-        found: One a member.
-        sizes: Elements of this rank's box of each.
-        world: How many ranks there are.
-        device: Of the run.
-    """
-    slots = torch.tensor([e.slots for e in found], dtype=torch.int64, device="cpu")
-    slot = [0, *slots.cumsum(0).tolist()]
-    row = [0, *torch.tensor(sizes, device="cpu").cumsum(0).tolist()]
-    picks = [torch.cat([e.given[0], e.own[1]]) for e in found]
-    pick = [0, *torch.tensor([len(x) for x in picks], device="cpu").cumsum(0).tolist()]
-    spans = [torch.arange(*span, device="cpu") for span in pairwise(pick)]
-    given = torch.cat([span[: e.given.shape[1]] for span, e in zip(spans, found, strict=True)])
-    own = torch.cat([span[e.given.shape[1] :] for span, e in zip(spans, found, strict=True)])
-    to = torch.cat([e.given[1] for e in found])
-    source = torch.cat([e.fetched[1] for e in found])
-
-    def joined(parts: Sequence[Tensor], shifts: Sequence[int]) -> Tensor:
-        return torch.cat([x + shift for x, shift in zip(parts, shifts, strict=False)])
-
-    fetched = joined([e.fetched[0] for e in found], slot)
-    target = [
-        joined([e.targets[0] for e in found], slot),
-        joined([e.targets[1] for e in found], row),
-    ]
-    breaks = [joined(parts, slot) for parts in zip(*(e.breaks for e in found), strict=True)]
-    return Halos(
-        [x.to(device) for x in picks],
-        joined(picks, row).to(device),
-        given[to.argsort(stable=True)].to(device),
-        torch.bincount(to, minlength=world).tolist(),
-        fetched[source.argsort(stable=True)].to(device),
-        torch.bincount(source, minlength=world).tolist(),
-        torch.stack([joined([e.own[0] for e in found], slot), own]).to(device),
-        torch.stack(target).to(device),
-        [x.to(device) for x in breaks],
-        slots,
-        any(e.cut for e in found),
-    )
 
 
 def traffic(

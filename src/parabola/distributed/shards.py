@@ -8,18 +8,90 @@ collective, whether they hold anything or not.
 
 from collections.abc import Iterable, Sequence
 from functools import cached_property
+from itertools import accumulate
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from parabola.distributed.geometry import Box
-from parabola.distributed.halos import FLOAT64, Halos, distinct, edges, halos
+from parabola.distributed.halos import FLOAT64, Edges, distinct, edges
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+
+class Halos(NamedTuple):
+    """The cuts of all members of a run together: int64 on the run's device.
+
+    Attributes:
+        picks: For every member the elements, of its flattened box, that are read.
+        rows: The same as rows of the run, all members one after another.
+        given: Which of them are sent, by receiving rank.
+        sends: How many to each rank.
+        fetched: Slots that are received, by sending rank.
+        receives: How many from each rank.
+        own: ``(2, k)``: slots, and which of the picked elements fill them.
+        targets: ``(2, k)``: slots, and the rows that they stand for, in ascending order.
+        breaks: For k = 1..b the slots whose k-th successor is not in their chain, or patch.
+        slots: Slots of each member, on the host.
+        cut: Whether anything travels between any two ranks.
+    """
+
+    picks: list[Tensor]
+    rows: Tensor
+    given: Tensor
+    sends: list[int]
+    fetched: Tensor
+    receives: list[int]
+    own: Tensor
+    targets: Tensor
+    breaks: list[Tensor]
+    slots: Tensor
+    cut: bool
+
+
+def _join(found: Sequence[Edges], sizes: Sequence[int], world: int, device: torch.device) -> Halos:
+    """Put the edges of the members of a run together; ``sizes`` are those of this rank's boxes."""
+    slots = [e.slots for e in found]
+    picks = [torch.cat([e.given[0], e.own[1]]) for e in found]
+    given = [torch.arange(e.given.shape[1], device="cpu") for e in found]
+    own = [
+        torch.arange(e.given.shape[1], len(x), device="cpu")
+        for e, x in zip(found, picks, strict=True)
+    ]
+    counts = list(map(len, picks))
+    to = torch.cat([e.given[1] for e in found])
+    source = torch.cat([e.fetched[1] for e in found])
+    own_pairs = [_joined([e.own[0] for e in found], slots), _joined(own, counts)]
+    targets = [
+        _joined([e.targets[0] for e in found], slots),
+        _joined([e.targets[1] for e in found], sizes),
+    ]
+    breaks = [_joined(parts, slots) for parts in zip(*(e.breaks for e in found), strict=True)]
+    fetched = _joined([e.fetched[0] for e in found], slots)
+    return Halos(
+        [x.to(device) for x in picks],
+        _joined(picks, sizes).to(device),
+        _joined(given, counts)[to.argsort(stable=True)].to(device),
+        torch.bincount(to, minlength=world).tolist(),
+        fetched[source.argsort(stable=True)].to(device),
+        torch.bincount(source, minlength=world).tolist(),
+        torch.stack(own_pairs).to(device),
+        torch.stack(targets).to(device),
+        [x.to(device) for x in breaks],
+        torch.tensor(slots, device="cpu"),
+        any(e.cut for e in found),
+    )
+
+
+def _joined(parts: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
+    """Positions in parts, as positions in all parts one after another, of so many elements each."""
+    return torch.cat(
+        [x + start for x, start in zip(parts, accumulate(counts, initial=0), strict=False)]
+    )
 
 
 class Shards:
@@ -105,7 +177,7 @@ class Shards:
             members = zip(self.shapes, self.boxes, chains, strict=True)
             found = [edges(*member, band, self.rank) for member in members]
             sizes = [boxes[self.rank].numel for boxes in self.boxes]
-            self._halos[key] = halos(found, sizes, self.world, device)
+            self._halos[key] = _join(found, sizes, self.world, device)
         return self._halos[key]
 
     def patches(self, halos: Halos, picked: Tensor) -> Tensor:
