@@ -70,9 +70,10 @@ def _step_shards(
     means = (shards.total(sums) / run.sizes).to(run.dtype) if started else sums
     if patches is not None and started:
         patches.direct(means, _corrections(run, options)[1])
-    d = torch.empty(run.n, dtype=run.dtype, device=run.device)
     if run.window is not None:
         d = run.window[0]
+    else:
+        d = torch.empty(run.n, dtype=run.dtype, device=run.device)
     squares = sums.new_zeros(len(run.members), 2)
     for piece, own, rows in _pieces(run):
         part = d[rows]

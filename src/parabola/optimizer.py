@@ -126,7 +126,8 @@ class SecondOrder(Optimizer):
                 elif isinstance(method, ChainMethod):
                     chains.step(method, exchange, bucket, own, options)
                 elif isinstance(method, SpanMethod):
-                    joint.append(spans.Span(bucket, own, vectors))
+                    params = [layout.params[slot] for slot in bucket.slots]
+                    joint.append(spans.Span(bucket, own, vectors, params))
                 else:
                     self._advance_elements(bucket, own, vectors, options)
         if joint:

@@ -33,11 +33,15 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Span(NamedTuple):
-    """A run, its gradients, and the curvature vectors of this step, one tensor a member each."""
+    """A run, its gradients, and the curvature vectors of this step, one tensor a member each.
+
+    ``params`` are its parameters as the group lists them; those of a run of shards are local parts.
+    """
 
     bucket: Bucket
     grads: Sequence[Tensor]
     vectors: Sequence[Sequence[Tensor]]
+    params: Sequence[Tensor] = ()
 
 
 class _Half(NamedTuple):
@@ -108,8 +112,8 @@ def _parts(method: SpanMethod, exchange: Exchange, span: Span, options: Options)
         yield _Part(bucket, step[0], partial(_finish, step[1]))
         return
     for piece in _pieces(span):
-        grams = columns.observe(exchange, *piece, options)
-        yield _Part(piece.bucket, grams, partial(columns.move, exchange, *piece, options))
+        grams = columns.observe(exchange, *piece[:3], options)
+        yield _Part(piece.bucket, grams, partial(columns.move, exchange, *piece[:3], options))
 
 
 def _sharded(exchange: Exchange, span: Span, shards: Shards, options: Options) -> _Part:
@@ -118,7 +122,7 @@ def _sharded(exchange: Exchange, span: Span, shards: Shards, options: Options) -
     q = run.state[FACTOR].shape[1] + len(span.vectors) + 1
     grams = torch.zeros(len(run.members), q, q, dtype=torch.float64, device=run.device)
     for piece, own, _ in _places(span):
-        grams[own] = columns.observe(exchange, *piece, options)
+        grams[own] = columns.observe(exchange, *piece[:3], options)
     return _Part(run, grams, partial(_combined, exchange, span, shards, options))
 
 
@@ -131,7 +135,7 @@ def _combined(
     squares = torch.zeros(len(run.members), 2, dtype=torch.float64, device=run.device)
     for piece, own, rows in _places(span):
         part = _taken(found, own)
-        squares[own] = columns.combine(exchange, *piece, options, part, d[rows])[1].T
+        squares[own] = columns.combine(exchange, *piece[:3], options, part, d[rows])[1].T
 
     def finish(lengths: Tensor) -> None:
         for (piece, *_), own, rows in _places(span):
@@ -189,7 +193,7 @@ def _combine(method: SpanMethod, grams: Tensor, work: Sequence[Span], options: O
         name: torch.cat([bucket.numbers[name].to(home) for bucket in buckets])
         for name in buckets[0].numbers
     }
-    owner, blocks = _owners(buckets, options)
+    owner, blocks = _owners(work, options)
     vectors = len(work[0].vectors)
     products = Products(grams, numbers, sizes, owner.to(home), blocks, vectors)
     return method.combine(products, options)
@@ -207,16 +211,16 @@ def _taken(found: Combined, own: slice) -> Combined:
     )
 
 
-def _owners(buckets: Sequence[Bucket], options: Options) -> tuple[Tensor, int]:
+def _owners(work: Sequence[Span], options: Options) -> tuple[Tensor, int]:
     """The block of every member, ``(members,)`` int64 on the host, and how many there are."""
-    blocks, count = options["blocks"], sum(len(bucket.members) for bucket in buckets)
+    blocks, count = options["blocks"], sum(len(span.bucket.members) for span in work)
     if blocks == "tensor":
         return torch.arange(count, device="cpu"), count
     if blocks == "model":
         return torch.zeros(count, dtype=torch.int64, device="cpu"), 1
     labels = block_labels(options)
     place = {id(p): labels[i] for i, p in enumerate(options["params"])}
-    own = [place[id(p)] for bucket in buckets for p in bucket.params]
+    own = [place[id(p)] for span in work for p in span.params or span.bucket.params]
     dense = {label: i for i, label in enumerate(dict.fromkeys(own))}
     return torch.tensor([dense[label] for label in own], device="cpu"), len(dense)
 

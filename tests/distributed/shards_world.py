@@ -139,6 +139,7 @@ CASES = (
         dtype=torch.float32,
     ),
     _ginger("rank1", rank=1),
+    _ginger("lists", blocks=[[0, 3], [5, 1]]),
     _ginger("stretches", rank=2, blocks="model", split=True),
     _ginger("rank2", rank=2, vectors=2, graft="sgd", betas=(0.0, 0.9), decoupled=False),
     _ginger("model", blocks="model", rank=3, clip=0.5, momentum=0.9),
@@ -185,7 +186,7 @@ class Sharded:
         self.boxes = [[place(s, r, world) for r in range(world)] for s in SHAPES]
         own = [boxes[rank] for boxes in self.boxes]
         self.params = [cut(b, p.detach()) for b, p in zip(own, self.group["params"], strict=True)]
-        self.engine = case.cls([torch.zeros(1)], **case.options)
+        self.engine = case.cls([torch.zeros(1) for _ in SHAPES], **case.options)
         tiles = []
         for route, box in zip(layout.routes_of(self.method, self.group), own, strict=True):
             tiles.append([replace(tile, merged=(box.numel,)) for tile in route.tiles])
@@ -237,7 +238,8 @@ class Sharded:
             elif isinstance(self.method, ChainMethod):
                 chains.step(self.method, exchange, run, own, options)
             elif isinstance(self.method, SpanMethod):
-                joint.append(spans.Span(run, own, given))
+                whole = [self.group["params"][slot] for slot in run.slots]
+                joint.append(spans.Span(run, own, given, whole))
             else:
                 self.engine._advance_elements(run, own, given, options)
         if joint:
