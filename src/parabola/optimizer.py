@@ -136,7 +136,8 @@ class SecondOrder(Optimizer):
                 elif isinstance(method, ChainMethod):
                     chains.step(method, exchange, bucket, own, options)
                 elif isinstance(method, SpanMethod):
-                    joint.append(spans.Span(bucket, own, vectors))
+                    params = [layout.params[slot] for slot in bucket.slots]
+                    joint.append(spans.Span(bucket, own, vectors, params))
                 else:
                     self._advance_elements(bucket, own, vectors, options)
         if joint:
@@ -197,6 +198,9 @@ class SecondOrder(Optimizer):
         kernel, taken = None, 0
         if run.params[0].is_contiguous():
             kernel = self.method.kernel(run.device, run.params[0].dtype, options)
+        if run.shards is not None and vectors:
+            self._measure_shards(run, grads, vectors, options)
+            vectors = []
         for piece in run.pieces if vectors or kernel is None else ():
             piece.t, end = run.t, taken + len(piece.members)
             own = grads[taken:end]
@@ -212,6 +216,23 @@ class SecondOrder(Optimizer):
                 state = {name: run.vectors(name) for name in run.state}
                 run.memo["elements"] = Elements(run.params, state, run.numbers)
             kernel.step(run.memo["elements"], grads, run.t, options)
+
+    def _measure_shards(
+        self, run: Bucket, grads: Sequence[Tensor], vectors: Vectors, options: Options
+    ) -> None:
+        """Take the vectors of all pieces in first: means are those of whole parameters."""
+        taken = 0
+        for piece in run.pieces:
+            own = slice(taken, taken + len(piece.members))
+            taken = own.stop
+            stacks = [
+                self._exchange.collect(piece, grads[own], options)
+                if vector is grads
+                else piece.stack(vector[own])
+                for vector in vectors
+            ]
+            self.method.measure(piece.state, stacks, piece.block, options)
+        self.method.tick(run.numbers, run.means, options)
 
     def _measure(self, bucket: Bucket, vectors: Sequence[Tensor], options: Options) -> None:
         """Take projected vectors into what is measured in the basis."""
@@ -356,9 +377,9 @@ class SecondOrder(Optimizer):
             self._checked[index] = values
 
     def _layout(self, index: int, group: dict[str, Any]) -> Layout:
-        layout, shares = self._layouts.get(index), self._exchange.shares
-        if layout is None or not layout.fits(group, self.state, shares):
-            layout = Layout(self.method, index, group, self.state, shares, layout)
+        layout, exchange = self._layouts.get(index), self._exchange
+        if layout is None or not layout.fits(group, self.state, exchange):
+            layout = Layout(self.method, index, group, self.state, exchange, layout)
             self._layouts[index] = layout
         return layout
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from parabola.blocks import Bucket
 from parabola.curvature.feed import Vector
 from parabola.distributed.ranks import ranks_of
+from parabola.distributed.shards import Shards
 from parabola.layout import Roster, own_shares
 from parabola.method import Options
 from parabola.tiles import Member, Share
@@ -90,6 +91,10 @@ class Exchange(Protocol):
         """The tiles of a group, with what of them this process steps."""
         ...
 
+    def shards(self, index: int, slots: Sequence[int]) -> Shards:
+        """What all ranks hold of some parameters of a group that are spread over them."""
+        ...
+
     @contextmanager
     def telling(self, vectors: int) -> Iterator[None]:
         """An error inside is told to the other processes, which raise as well.
@@ -155,6 +160,10 @@ class Local:
             ValueError: a parameter is a DTensor of which this process holds a piece only.
         """
         return own_shares(roster)
+
+    def shards(self, index: int, slots: Sequence[int]) -> Shards:
+        """Nothing is spread over ranks here."""
+        raise NotImplementedError
 
     @contextmanager
     def telling(self, vectors: int) -> Iterator[None]:

@@ -20,6 +20,7 @@ from parabola.distributed import header
 from parabola.distributed.division import divide
 from parabola.distributed.exchange import Intake, Local, Verdict, coupled, move
 from parabola.distributed.mail import Mail, Piece
+from parabola.distributed.shards import Shards
 from parabola.distributed.survey import survey
 from parabola.distributed.transfers import Transfer
 from parabola.geometry import local, local_box
@@ -55,7 +56,8 @@ class Owners(Local):
         self._rosters = [roster(method, group) for group in groups]
         self._params = [[local(p) for p in found.params] for found in self._rosters]
         self._boxes = [[local_box(p) for p in found.params] for found in self._rosters]
-        held = survey(groups, self._rosters, ranks)
+        self._held = held = survey(groups, self._rosters, ranks)
+        self._shards: list[Shards] = []
         known = previous.known() if isinstance(previous, Owners) else {}
         self.division = divide(
             method, groups, self._rosters, held, dist.get_world_size(ranks), known
@@ -67,6 +69,7 @@ class Owners(Local):
         self._open = False
         self._intakes: Sequence[Intake] = []
         self._verdicts: list[Verdict] = []
+        self._sent_before = 0
         self._ready: dict[int, Tensor] = {}
 
     def serves(self, groups: Sequence[Mapping[str, Any]]) -> bool:
@@ -103,6 +106,17 @@ class Owners(Local):
                     own, mine = self.division.tiles[i], self.division.owners[i] == self._rank
                     found.append(Share(slot, self._stand_ins[i], own, first, mine))
                     first += own.rows
+        return found
+
+    def shards(self, index: int, slots: Sequence[int]) -> Shards:
+        """The boxes of these parameters on all ranks; what is sent for them counts here too."""
+        params = self._rosters[index].params
+        found = Shards(
+            self._ranks,
+            [tuple(params[slot].shape) for slot in slots],
+            [self._held[index][slot] for slot in slots],
+        )
+        self._shards.append(found)
         return found
 
     @contextmanager
@@ -148,6 +162,7 @@ class Owners(Local):
                 whole = self._joined(i, [(t, tensors[vector]) for t, tensors in parts])
                 self._spreads[index][vector].parts[key] = whole
         self._open = True
+        self._sent_before = sum(shards.sent for shards in self._shards)
         return self._verdicts
 
     def collect(self, bucket: Bucket, grads: Sequence[Tensor], options: Options) -> Tensor:
@@ -188,6 +203,7 @@ class Owners(Local):
             if own and not verdict.bad:
                 params = [self._here(t, self._params) for t, _ in own]
                 move(params, [d for _, d in own], intake.group)
+        self.sent += sum(shards.sent for shards in self._shards) - self._sent_before
         self._ready, self._intakes = {}, []
         super().close()
 
