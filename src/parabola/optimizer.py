@@ -398,9 +398,24 @@ class SecondOrder(Optimizer):
         return metrics.metrics(self.method, self.param_groups, self._layouts, self.stats)
 
     def state_dict(self) -> dict[str, Any]:
-        """The state, as in torch.optim; waits for the jobs of host threads that are in flight."""
+        """The state, as in torch.optim; waits for the jobs of host threads that are in flight.
+
+        With several processes it holds what this one has: ``torch.distributed.checkpoint`` puts the
+        parts together, and so does `consolidate`.
+        """
         self._land()
         return super().state_dict()
+
+    def consolidate(self, to: int | None = 0) -> dict[str, Any] | None:
+        """The complete state of all processes, on the host; a collective call.
+
+        Args:
+            to: The rank that receives it; None: all of them.
+
+        Returns:
+            A state dict that any number of processes can load; None on the other ranks.
+        """
+        return self._connected().consolidate(self.state_dict(), to)
 
     def _land(self) -> None:
         """Bring the results of jobs in flight into the state."""
@@ -454,6 +469,24 @@ class SecondOrder(Optimizer):
         finally:
             before.remove()
             after.remove()
+        if not self._connected().alone:
+            self._take_own()
+
+    def _take_own(self) -> None:
+        """Build the layouts of loaded state at once: all processes learn whether theirs is there.
+
+        Raises:
+            ValueError: on every rank, where one lacks the state of something that it steps.
+        """
+        error = None
+        try:
+            for index, group in enumerate(self.param_groups):
+                if any(p in self.state for p in group["params"]):
+                    self._layout(index, group)
+        except ValueError as e:
+            error = e
+        if not self._exchange.every(error is None):
+            raise error or ValueError("another rank lacks state that it needs; see its own message")
 
     def __getstate__(self) -> dict[str, Any]:
         self._land()

@@ -80,6 +80,9 @@ class Spread(NamedTuple):
 class Exchange(Protocol):
     """What the engine asks."""
 
+    alone: bool
+    """Whether this process is the only one."""
+
     sent: int
     """Bytes that this process has sent to others since the step began."""
 
@@ -140,11 +143,15 @@ class Exchange(Protocol):
         """Whether it holds in every process."""
         ...
 
+    def consolidate(self, state_dict: dict[str, Any], to: int | None) -> dict[str, Any] | None:
+        """Put the state dicts of all processes together, on rank ``to`` or on all of them."""
+        ...
+
 
 class Local:
     """Everything in this process."""
 
-    sent = 0
+    alone, sent = True, 0
 
     def __init__(self) -> None:
         self._spreads: list[list[Spread]] = []
@@ -214,6 +221,10 @@ class Local:
     def every(self, flag: bool) -> bool:
         """It does."""
         return flag
+
+    def consolidate(self, state_dict: dict[str, Any], to: int | None) -> dict[str, Any] | None:
+        """It is complete."""
+        return state_dict
 
 
 def coupled(options: Options) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor
 from parabola.blocks import Bucket, state_dtype
 from parabola.curvature.feed import Vector
 from parabola.distributed import header
+from parabola.distributed.consolidate import consolidate
 from parabola.distributed.division import divide
 from parabola.distributed.exchange import Intake, Local, Verdict, coupled, move
 from parabola.distributed.mail import Mail, Piece
@@ -41,6 +42,8 @@ class Owners(Local):
     Raises:
         ValueError: on every rank, where they do not agree on the model or its options.
     """
+
+    alone = False
 
     def __init__(
         self,
@@ -218,6 +221,10 @@ class Owners(Local):
         box = torch.tensor(flag, dtype=torch.int32, device=self._device)
         dist.all_reduce(box, dist.ReduceOp.MIN, group=self._ranks)
         return bool(box)
+
+    def consolidate(self, state_dict: dict[str, Any], to: int | None) -> dict[str, Any] | None:
+        """See `parabola.distributed.consolidate`."""
+        return consolidate(state_dict, to, self._ranks)
 
     @property
     def _device(self) -> torch.device:
