@@ -8,9 +8,8 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
-
 from pool import Pool, RankError
+from torch.nn.parallel import DistributedDataParallel
 
 
 def total(start):
@@ -73,7 +72,7 @@ def test_a_failure_shows_its_rank_and_leaves_the_workers_usable(own, rank):
 
 
 def test_a_time_out_shows_where_the_ranks_are_and_replaces_the_workers(own):
-    with pytest.raises(RankError, match="(?s)rank 1 of 2: no answer.*sleeps_on"):
+    with pytest.raises(RankError, match=r"(?s)rank 1 of 2: no answer.*sleeps_on"):
         own.run(sleeps_on, world_size=2, timeout=1.0, rank=1)
     assert [int(x) for x in own.run(total, world_size=3, start=0)] == [3, 3, 3]
 
