@@ -38,6 +38,9 @@ IMPORTS = (
     "parabola",
     "pytest",
 )
+PYTORCH_WARNS = ("FSDP2-wrapped module .* returned a view",)
+"""Warnings of PyTorch about what is right in the tests' models; all others are errors."""
+
 GRACE = 10.0
 """Seconds that the other ranks get once one has failed."""
 
@@ -93,6 +96,7 @@ class Pool:
         Raises:
             RankError: the case raised on a rank, took too long, or a worker died.
         """
+        __tracebackhide__ = True
         if not 0 <= world_size <= self.size:
             raise ValueError(f"world_size must be in 0..{self.size}, got {world_size}")
         ranks = max(world_size, 1)
@@ -204,6 +208,8 @@ def _answer(job: bytes, call: bytes) -> bytes:
     failure, reply = None, b""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        for text in PYTORCH_WARNS:
+            warnings.filterwarnings("ignore", message=text)
         try:
             case, kwargs = pickle.loads(call)
             if size:
