@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """A distributed run, and the single-process run that is fed the same gradients.
 
-`follow` runs on the ranks and records, after every step, the whole gradients and the whole
-parameters. `replay` takes the gradients of the record in this process, without a group, and
-compares the parameters of every rank after every step.
+`follow` runs on the ranks. Each records what it holds of gradients and parameters at every step.
+`replay` puts the gradients together and takes the same steps in this process, without a group;
+`compare` holds every rank's parameters after every step against that.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,24 +86,39 @@ class Spec:
             optimizer.add_param_group({"params": list(model.named_parameters())[-2:], "lr": 0.03})
 
 
-Record = list[dict[str, Any]]
-"""For every step: whole ``grads`` and ``params`` in the model's order, and ``vectors``."""
+@dataclass
+class Run:
+    """What a rank saw, in the order of the model's parameters.
+
+    Attributes:
+        boxes: Which part of every parameter the rank holds.
+        grads: For every step, its part of every gradient, or None.
+        vectors: For every step, the same for every curvature vector.
+        params: For every step, its part of every parameter afterwards.
+        stats: The optimizer's counters at the end.
+    """
+
+    boxes: list[nets.Box]
+    grads: list[list[Tensor | None]] = field(default_factory=list)
+    vectors: list[list[list[Tensor | None]]] = field(default_factory=list)
+    params: list[list[Tensor]] = field(default_factory=list)
+    stats: dict[str, Any] = field(default_factory=dict)
 
 
-def follow(spec: Spec, distributed: str | None = "auto") -> dict[str, Any]:
+def follow(spec: Spec, distributed: str | None = "auto") -> Run:
     """A case: the run on this rank."""
     options = nets.BFLOAT16 if spec.bfloat16 else {}
     spread = nets.WRAPPERS[spec.wrapper](spec.model(), **options)
     optimizer = spec.optimizer(spread.bare, distributed)
     scheduler = ExponentialLR(optimizer, 0.8) if spec.decays else None
-    record = []
+    run = Run([nets.box(p) for p in spread.bare.parameters()])
     for t in range(spec.steps):
         spec.before(optimizer, spread.bare, t)
-        vectors = []
+        run.vectors.append([])
         if spec.curvature and optimizer.wants_curvature:
             with optimizer.curvature():
                 nets.loss(spread.model, 1000 + t, spread.share).backward()
-                vectors.append(_grads(spread.bare))
+                run.vectors[-1].append(_grads(spread.bare))
         optimizer.zero_grad()
         if t not in spec.idle:
             _backward(spec, spread, t)
@@ -110,13 +126,13 @@ def follow(spec: Spec, distributed: str | None = "auto") -> dict[str, Any]:
             torch.nn.utils.clip_grad_norm_(spread.bare.parameters(), spec.clip)
         if t in spec.poisoned:
             _poison(spread.bare, on=spec.poisoned[t])
-        grads = _grads(spread.bare)
+        run.grads.append(_grads(spread.bare))
         optimizer.step()
-        params = [nets.full(p) for p in spread.bare.parameters()]
-        record.append({"grads": grads, "params": params, "vectors": vectors})
+        run.params.append([nets.local(p, p) for p in spread.bare.parameters()])
         if scheduler is not None:
             scheduler.step()
-    return {"record": record, "stats": dict(getattr(optimizer, "stats", {}))}
+    run.stats = dict(getattr(optimizer, "stats", {}))
+    return run
 
 
 def _backward(spec: Spec, spread: nets.Spread, t: int) -> None:
@@ -133,7 +149,7 @@ def _backward(spec: Spec, spread: nets.Spread, t: int) -> None:
 
 
 def _grads(model: Any) -> list[Tensor | None]:
-    return [None if p.grad is None else nets.full(p.grad) for p in model.parameters()]
+    return [None if p.grad is None else nets.local(p.grad, p) for p in model.parameters()]
 
 
 def _poison(model: Any, on: int) -> None:
@@ -146,53 +162,63 @@ def _poison(model: Any, on: int) -> None:
                 return
 
 
-def replay(spec: Spec, record: Record) -> tuple[list[list[Tensor]], Any]:
-    """Parameters after every step of a single process with the recorded gradients."""
+def replay(spec: Spec, runs: list[Run]) -> Iterator[tuple[int, Any]]:
+    """Yield ``(t, model)`` after every step of a single process with those gradients."""
     model = spec.model()
     optimizer = spec.optimizer(model, None)
     scheduler = ExponentialLR(optimizer, 0.8) if spec.decays else None
-    found = []
-    for t, entry in enumerate(record):
+    boxes = [run.boxes for run in runs]
+    for t in range(spec.steps):
         spec.before(optimizer, model, t)
-        for vector in entry["vectors"]:
+        for vectors in zip(*(run.vectors[t] for run in runs), strict=True):
             with optimizer.curvature():
-                _give(model, vector)
-        _give(model, entry["grads"])
+                _give(model, boxes, vectors)
+        _give(model, boxes, [run.grads[t] for run in runs], agree=t not in spec.poisoned)
         optimizer.step()
-        found.append([p.detach().clone() for p in model.parameters()])
+        yield t, model
         if scheduler is not None:
             scheduler.step()
-    return found, optimizer
 
 
-def _give(model: Any, grads: list[Tensor | None]) -> None:
-    for p, g in zip(model.parameters(), grads, strict=True):
-        p.grad = None if g is None else g.clone()
+def _give(model: Any, boxes: list[list[nets.Box]], pieces: Any, agree: bool = True) -> None:
+    """Put gradients together from the parts that the ranks hold; copies must agree bitwise."""
+    for i, (name, p) in enumerate(model.named_parameters()):
+        parts = [rank[i] for rank in pieces]
+        p.grad = None
+        if all(part is None for part in parts):
+            continue
+        assert all(part is not None for part in parts), f"{name}: no gradient on some ranks only"
+        whole = torch.full_like(p, math.inf)
+        for box, part in zip((rank[i] for rank in boxes), parts, strict=True):
+            there = whole[box]
+            known = ~there.isinf()
+            assert not agree or torch.equal(there[known], part[known]), f"{name}: gradients differ"
+            whole[box] = torch.where(known & ~part.isnan(), there, part)
+        assert not whole.isinf().any(), f"{name}: the ranks do not hold all of it"
+        p.grad = whole
 
 
-def compare(spec: Spec, results: list[dict[str, Any]], tolerance: float) -> None:
-    """Every rank after every step, against the single process; 0 stands for bitwise."""
-    names = [name for name, _ in spec.model().named_parameters()]
-    expected, _ = replay(spec, results[0]["record"])
-    for rank, result in enumerate(results):
-        for t, (entry, right) in enumerate(zip(result["record"], expected, strict=True)):
-            for name, a, b in zip(names, entry["params"], right, strict=True):
-                same(a, b, tolerance, f"{name} after step {t + 1}, rank {rank}")
+def compare(spec: Spec, runs: list[Run], tolerance: float) -> None:
+    """Every rank after every step, against the single process; 0 stands for bitwise.
+
+    Every parameter that had a gradient must have moved too.
+    """
+    before = [p.detach().clone() for p in spec.model().parameters()]
+    for t, model in replay(spec, runs):
+        for i, (name, p) in enumerate(model.named_parameters()):
+            for rank, run in enumerate(runs):
+                expected = p.detach()[run.boxes[i]]
+                same(run.params[t][i], expected, tolerance, f"{name}, step {t + 1}, rank {rank}")
+    for i, (name, p) in enumerate(model.named_parameters()):
+        stepped = any(grads[i] is not None for grads in runs[0].grads)
+        assert stepped == p.requires_grad, name
+        assert torch.equal(p, before[i]) != stepped, name
 
 
 def same(a: Tensor, b: Tensor, tolerance: float, what: str) -> None:
     """Equal up to a tolerance, relative to the largest element or to 1."""
     bound = tolerance * max(1.0, float(b.abs().max())) if b.numel() else 0.0
     torch.testing.assert_close(a, b, rtol=0, atol=bound, msg=lambda text: f"{what}: {text}")
-
-
-def moved(spec: Spec, results: list[dict[str, Any]]) -> None:
-    """Every parameter that had a gradient has moved: the comparison was of something."""
-    record = results[0]["record"]
-    for i, (name, p) in enumerate(spec.model().named_parameters()):
-        had = any(entry["grads"][i] is not None for entry in record)
-        assert had == p.requires_grad, name
-        assert torch.equal(record[-1]["params"][i], p.detach()) != had, name
 
 
 def full_batch(spec: Spec) -> list[Tensor]:

@@ -183,14 +183,31 @@ def batch(t: int, share: tuple[int, int] = (0, 1)) -> tuple[Tensor, Tensor]:
 
 
 def loss(model: Any, t: int, share: tuple[int, int] = (0, 1)) -> Tensor:
-    """The mean loss of a slice at step t; one layer is used at every other step only."""
+    """The mean loss of a slice at step t; at every third step one layer is not used."""
     tokens, targets = batch(t, share)
-    logits = model(tokens, t % 2 == 1)
+    logits = model(tokens, t % 3 != 0)
     return F.cross_entropy(
         logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32)), targets.flatten()
     )
 
 
-def full(x: Tensor) -> Tensor:
-    """A copy of the whole tensor; a collective for a DTensor."""
-    return (x.full_tensor() if isinstance(x, DTensor) else x).detach().clone()
+Box = tuple[slice, ...]
+
+
+def box(p: Tensor) -> Box:
+    """Which part of a parameter this rank holds."""
+    if not isinstance(p, DTensor):
+        return tuple(slice(0, n) for n in p.shape)
+    if not p.to_local().numel():
+        return tuple(slice(0, n) for n in p.to_local().shape)
+    chunk = p.__create_chunk_list__()[0]
+    return tuple(slice(o, o + n) for o, n in zip(chunk.offsets, chunk.sizes, strict=True))
+
+
+def local(x: Tensor, like: Tensor) -> Tensor:
+    """A copy of the part of ``x`` that lies where this rank's part of ``like`` lies."""
+    if isinstance(x, DTensor):
+        if x.placements != like.placements:  # of a replicated norm, each rank has a term of a sum
+            x = x.redistribute(placements=like.placements)
+        x = x.to_local()
+    return x.detach().clone()

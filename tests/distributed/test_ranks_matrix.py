@@ -2,13 +2,14 @@
 """Every method, spread in every way, equals the single process that is fed the same gradients.
 
 Bitwise where a parameter's arithmetic is done as in a single process: by the owner of its blocks,
-or on whole gradients. Where inner products and norms are summed over shards, and where blocks have
-odd sizes (batched routines treat those differently by their place in the batch), to 1e-12.
+or on whole gradients. To 1e-12 where inner products and norms are summed over shards or depend on
+where a gradient lies in memory (Ginger's), and where blocks have odd sizes: batched routines treat
+those differently by their place in the batch.
 """
 
 import pytest
 import torch
-from following import ROWS, Spec, compare, follow, full_batch, moved, same
+from following import ROWS, Spec, compare, follow, full_batch, same
 
 OWNED = (
     "shampoo-adam",
@@ -54,33 +55,38 @@ every_way = pytest.mark.parametrize(("wrapper", "ranks"), WAYS.values(), ids=WAY
 
 
 def well_conditioned(method):
-    """A root then amplifies the last bit of its statistics by a thousand, not by a million."""
+    """Settings under which a last bit of a gradient is not amplified by more than a thousand."""
     row = ROWS[method]
-    damped = row.takes("damping") and row.options.get("damping", 1e-3) == 1e-3
-    return {"damping": 1e-3} if damped and not method.startswith("ginger") else {}
+    if method in ("soap", "diagonal-kfac"):  # a basis is determined once statistics have full rank
+        return {"start_step": 4, "eps": 1e-4}
+    if method.startswith("ginger"):
+        return {"damping": 0.1}
+    return {"damping": 1e-3} if row.takes("damping") and "damping" not in row.options else {}
 
 
 @every_method
 @every_way
 def test_even_sizes(pool, method, wrapper, ranks):
     spec = Spec(method, wrapper)
-    results = pool.run(follow, world_size=ranks, spec=spec)
-    moved(spec, results)
-    exact = method not in LOCAL or wrapper == "ddp"
-    compare(spec, results, 0 if exact else 1e-12)
+    runs = pool.run(follow, world_size=ranks, spec=spec)
+    exact = method not in LOCAL or (wrapper == "ddp" and not method.startswith("ginger"))
+    compare(spec, runs, 0 if exact else 1e-12)
 
 
 @every_method
 @pytest.mark.parametrize(
     ("wrapper", "ranks"),
-    [("ddp", 4), ("fsdp", 4), ("fsdp", 3), ("fsdp_tp", 4)],
-    ids=["ddp-4", "fsdp-4", "fsdp-3", "fsdp_tp-4"],
+    [("ddp", 4), ("fsdp", 4), ("fsdp_tp", 4)],
+    ids=["ddp-4", "fsdp-4", "fsdp_tp-4"],
 )
-def test_odd_sizes(pool, method, wrapper, ranks):
+def test_odd_sizes_and_the_whole_batch_on_one_process(pool, method, wrapper, ranks):
     spec = Spec(method, wrapper, net="odd", options=well_conditioned(method))
-    results = pool.run(follow, world_size=ranks, spec=spec)
-    moved(spec, results)
-    compare(spec, results, 1e-12)
+    runs = pool.run(follow, world_size=ranks, spec=spec)
+    compare(spec, runs, 1e-12)
+    names = [name for name, _ in spec.model().named_parameters()]
+    for i, (name, expected) in enumerate(zip(names, full_batch(spec), strict=True)):
+        for run in runs:
+            same(run.params[-1][i], expected[run.boxes[i]], 1e-12, name)
 
 
 @pytest.mark.parametrize("method", ["torch-adamw", *OWNED])
@@ -88,15 +94,3 @@ def test_odd_sizes(pool, method, wrapper, ranks):
 def test_even_sizes_in_single_precision(pool, method, wrapper, ranks):
     spec = Spec(method, wrapper, dtype=torch.float32)
     compare(spec, pool.run(follow, world_size=ranks, spec=spec), 0)
-
-
-@every_method
-@pytest.mark.parametrize(
-    ("wrapper", "ranks"), [("ddp", 3), ("fsdp", 4), ("tp", 2)], ids=["ddp-3", "fsdp-4", "tp-2"]
-)
-def test_the_whole_batch_on_one_process(pool, method, wrapper, ranks):
-    spec = Spec(method, wrapper, options=well_conditioned(method))
-    results = pool.run(follow, world_size=ranks, spec=spec)
-    names = [name for name, _ in spec.model().named_parameters()]
-    for name, a, b in zip(names, results[0]["record"][-1]["params"], full_batch(spec), strict=True):
-        same(a, b, 1e-12, name)
