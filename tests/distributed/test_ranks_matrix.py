@@ -12,6 +12,7 @@ import torch
 from following import ROWS, Spec, compare, follow, full_batch, same
 
 OWNED = (
+    "torch-adamw",
     "shampoo-adam",
     "shampoo-order3",
     "shampoo-staggered",
@@ -22,9 +23,8 @@ OWNED = (
     "diagonal-kfac",
     "soap",
 )
-"""Methods whose blocks have owners."""
-
-LOCAL = (
+EVERY = (
+    *OWNED,
     "sonew-adam",
     "sonew-plain-rows",
     "sonew-band4",
@@ -35,9 +35,6 @@ LOCAL = (
     "ginger-plain",
     "ginger-model",
 )
-"""Methods that work where the gradient is."""
-
-ALL = ("torch-adamw", *OWNED, *LOCAL)
 WAYS = {
     "ddp-2": ("ddp", 2),
     "ddp-3": ("ddp", 3),
@@ -50,7 +47,7 @@ WAYS = {
     "fsdp_tp-4": ("fsdp_tp", 4),
 }
 
-every_method = pytest.mark.parametrize("method", ALL)
+every_method = pytest.mark.parametrize("method", EVERY)
 every_way = pytest.mark.parametrize(("wrapper", "ranks"), WAYS.values(), ids=WAYS)
 
 
@@ -68,9 +65,7 @@ def well_conditioned(method):
 @every_way
 def test_even_sizes(pool, method, wrapper, ranks):
     spec = Spec(method, wrapper)
-    runs = pool.run(follow, world_size=ranks, spec=spec)
-    exact = method not in LOCAL or (wrapper == "ddp" and not method.startswith("ginger"))
-    compare(spec, runs, 0 if exact else 1e-12)
+    compare(spec, pool.run(follow, world_size=ranks, spec=spec))
 
 
 @every_method
@@ -82,15 +77,15 @@ def test_even_sizes(pool, method, wrapper, ranks):
 def test_odd_sizes_and_the_whole_batch_on_one_process(pool, method, wrapper, ranks):
     spec = Spec(method, wrapper, net="odd", options=well_conditioned(method))
     runs = pool.run(follow, world_size=ranks, spec=spec)
-    compare(spec, runs, 1e-12)
+    compare(spec, runs)
     names = [name for name, _ in spec.model().named_parameters()]
     for i, (name, expected) in enumerate(zip(names, full_batch(spec), strict=True)):
         for run in runs:
             same(run.params[-1][i], expected[run.boxes[i]], 1e-12, name)
 
 
-@pytest.mark.parametrize("method", ["torch-adamw", *OWNED])
+@pytest.mark.parametrize("method", OWNED)
 @pytest.mark.parametrize(("wrapper", "ranks"), [("ddp", 2), ("fsdp", 3)], ids=["ddp-2", "fsdp-3"])
 def test_even_sizes_in_single_precision(pool, method, wrapper, ranks):
     spec = Spec(method, wrapper, dtype=torch.float32)
-    compare(spec, pool.run(follow, world_size=ranks, spec=spec), 0)
+    compare(spec, pool.run(follow, world_size=ranks, spec=spec))
