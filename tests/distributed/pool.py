@@ -74,8 +74,8 @@ class Pool:
         case: Callable[..., Any],
         world_size: int = 2,
         *,
-        timeout: float = 60.0,
-        group_timeout: float = 30.0,
+        timeout: float = 120.0,
+        group_timeout: float = 60.0,
         dies: Sequence[int] = (),
         **kwargs: Any,
     ) -> list[Any]:
