@@ -150,7 +150,7 @@ def test_consolidated_state_is_that_of_a_single_process(pool, method, wrapper, r
     assert [run.whole is not None for run in runs] == [to == "all" or r == 0 for r in range(ranks)]
     *_, (_, model, optimizer) = replay(spec, runs)
     for whole in (run.whole for run in runs if run.whole is not None):
-        _same_state(whole, optimizer.state_dict(), 0.0 if spec.exact else 1e-12)
+        _same_state(whole, optimizer.state_dict())
     # It continues the run in a single process.
     fresh = spec.model()
     fresh.load_state_dict(model.state_dict())
@@ -161,15 +161,15 @@ def test_consolidated_state_is_that_of_a_single_process(pool, method, wrapper, r
     optimizer.step()
     resumed.step()
     for p, q in zip(model.parameters(), fresh.parameters(), strict=True):
-        same(q.detach(), p.detach(), 0.0 if spec.exact else 1e-12, "continued")
+        same(q.detach(), p.detach(), 1e-12, "continued")
 
 
-def _same_state(whole, expected, tolerance):
+def _same_state(whole, expected):
     assert whole["state"].keys() == expected["state"].keys()
     for index, own in expected["state"].items():
         assert whole["state"][index].keys() == own.keys(), index
         for key, x in own.items():
-            same(whole["state"][index][key], x, tolerance, f"{index} {key}")
+            same(whole["state"][index][key], x, 1e-12, f"{index} {key}")
     groups = [{**group, "distributed": None} for group in whole["param_groups"]]
     assert [sorted(group) for group in groups] == [sorted(g) for g in expected["param_groups"]]
     for mine, theirs in zip(groups, expected["param_groups"], strict=True):

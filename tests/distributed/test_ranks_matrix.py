@@ -2,9 +2,7 @@
 """Every method, spread in every way, equals the single process that is fed the same gradients.
 
 Bitwise where a parameter's arithmetic is done as in a single process: by the owner of its blocks,
-or on whole gradients. To 1e-12 where inner products and norms are summed over shards or depend on
-where a gradient lies in memory (Ginger's), and where blocks have odd sizes: batched routines treat
-those differently by their place in the batch.
+or on whole gradients; elsewhere to 1e-12. See `Spec.tolerance`.
 """
 
 import pytest
