@@ -284,7 +284,9 @@ class Jorge(SecondOrder):
         nonfinite: ``"skip"`` the step of a group with a NaN or Inf gradient, ``"raise"``, or
             ``"ignore"`` where somebody else looks already (saves one read of the gradients, and on
             an accelerator one host synchronization).
-        distributed: None; the optimizer works on what this process holds.
+        distributed: Who else takes part: ``"auto"`` reads it from the parameters' placements and
+            the default process group, and gives blocks owners; ``"owners"`` is what it chooses;
+            ``"roots"`` splits the refresh alone, for replicated parameters; None: nobody.
 
     Raises:
         ValueError: a keyword has a wrong value; the message says what is allowed.
@@ -323,7 +325,7 @@ class Jorge(SecondOrder):
         refresh: str = "inline",
         maximize: bool = False,
         nonfinite: str = "skip",
-        distributed: None = None,
+        distributed: str | None = "auto",
     ) -> None:
         super().__init__(
             params,

@@ -42,7 +42,9 @@ class SOAP(Diagonal):
         refresh: ``"inline"``, or ``"staggered"``: 1/``update_every`` of the cost at each step.
         maximize: Maximize the objective.
         nonfinite: ``"skip"``, ``"raise"`` or ``"ignore"``; see `Diagonal`.
-        distributed: None; the optimizer works on what this process holds.
+        distributed: Who else takes part: ``"auto"`` reads it from the parameters' placements and
+            the default process group, and gives blocks owners; ``"owners"`` is what it chooses;
+            ``"roots"`` splits the refresh alone, for replicated parameters; None: nobody.
 
     Raises:
         ValueError: a keyword has a wrong value; the message says what is allowed.
@@ -74,7 +76,7 @@ class SOAP(Diagonal):
         refresh: str = "inline",
         maximize: bool = False,
         nonfinite: str = "skip",
-        distributed: None = None,
+        distributed: str | None = "auto",
     ) -> None:
         super().__init__(
             params,

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from math import prod
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -69,8 +70,56 @@ def local(x: Any) -> Tensor:
     return x.to_local() if is_sharded(x) else x  # type: ignore[no-any-return]
 
 
+def gradient(p: Any) -> Tensor | None:
+    """What lies here of a parameter's gradient; a collective where its placement differs."""
+    g = p.grad
+    if g is None or not is_sharded(p):
+        return g  # type: ignore[no-any-return]
+    if tuple(g.placements) != tuple(p.placements):  # such as the partial sums of replicated norms
+        g = g.redistribute(placements=p.placements)
+    return local(g)
+
+
+def wrapped(x: Tensor, p: Any) -> Tensor:
+    """A local piece of some state as a DTensor that is placed as the parameter is.
+
+    Args:
+        x: ``(*local shape of p, ...)``.
+        p: The parameter; where it is no DTensor, ``x`` itself comes back.
+    """
+    if not is_sharded(p):
+        return x
+    from torch.distributed.tensor import DTensor  # takes half a second, and few need it
+
+    shape = torch.Size((*p.shape, *x.shape[p.dim() :]))
+    stride = tuple(prod(shape[axis + 1 :]) for axis in range(len(shape)))
+    return DTensor.from_local(
+        x, p.device_mesh, p.placements, run_check=False, shape=shape, stride=stride
+    )
+
+
+def take(view: Any, old: Any) -> None:
+    """Copy saved state into its place; a whole tensor serves for a piece of a DTensor too.
+
+    Raises:
+        ValueError: both are DTensors, placed differently.
+    """
+    if not is_sharded(view):
+        view.copy_(old.full_tensor() if is_sharded(old) else old)
+    elif not is_sharded(old):
+        box = local_box(view)
+        local(view).copy_(box.within(whole(view.shape), old))
+    elif tuple(view.placements) == tuple(old.placements):
+        local(view).copy_(local(old))
+    else:
+        raise ValueError(
+            f"state is placed as {old.placements}, its parameter as {view.placements}; allowed: "
+            "the same placements, or a whole tensor"
+        )
+
+
 def chunk(shape: Sequence[int], parts: int, index: int, axis: int = 0) -> Box:
-    """What ``fully_shard`` gives to rank ``index`` of ``parts``: rows as `torch.chunk` cuts them."""
+    """What ``fully_shard`` gives to rank ``index`` of ``parts``: cut as by `torch.chunk`."""
     if not shape:
         return whole(shape)
     step = -(-shape[axis] // parts)
