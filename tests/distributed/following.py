@@ -35,7 +35,7 @@ class Spec:
     Attributes:
         method: Id of a row of `methods`.
         wrapper: How the model is spread; see `nets.WRAPPERS`.
-        net: Which model; ``-tower`` is appended where tensor parallelism needs it.
+        net: Its sizes; see `nets.SIZES`.
         dtype: Of parameters and gradients.
         options: Keywords beyond those of the row.
         steps: How many.
@@ -70,8 +70,7 @@ class Spec:
 
     def model(self) -> Any:
         """The model, not yet spread."""
-        tower = "-tower" if "tp" in self.wrapper else ""
-        return nets.make(self.net + tower, self.dtype)
+        return nets.make(self.net, self.dtype, self.wrapper)
 
     def optimizer(self, model: Any, distributed: str | None) -> Any:
         """The optimizer, over named parameters."""
@@ -80,7 +79,9 @@ class Spec:
         if row.engine:
             options["distributed"] = distributed
         if row.takes("block_size"):
-            options.setdefault("block_size", 8 if self.net == "even" else 4)
+            options.setdefault("block_size", 16 if self.net == "even" else 4)
+        if self.method.startswith("shampoo"):
+            options.setdefault("damping", 1e-3)  # a root amplifies the last bit of its statistic
         named = list(model.named_parameters())
         if self.late:
             named = named[:-2]
@@ -105,14 +106,17 @@ class Spec:
     def tolerance(self, p: Tensor) -> float:
         """How far a parameter may be from a single process with the same gradients; 0: bitwise.
 
-        What is stepped where it lies is rounded in another order when it is cut: sums over shards,
-        but also vectorized loops, which treat the last few elements of a tensor differently.
-        Blocks of odd sizes are rounded differently by their place in a batch.
+        What is cut is rounded in another order: not only sums over shards, also vectorized loops,
+        which treat the last few elements of a tensor differently. So it is with blocks of odd
+        sizes, by their place in a batch.
         """
-        if not self.method.startswith(LOCAL):
-            exact = self.net == "even" and (self.wrapper == "ddp" or p.dim() > 1)
+        whole = self.wrapper == "ddp"
+        if self.method.startswith(LOCAL):
+            exact = whole and not self.method.startswith("ginger")
+        elif p.dim() > 1:
+            exact = all(n % 16 == 0 for n in p.shape[:2])
         else:
-            exact = self.wrapper == "ddp" and not self.method.startswith("ginger")
+            exact = whole
         return 0.0 if exact else 1e-12 if self.dtype == torch.float64 else 1e-5
 
 

@@ -20,7 +20,7 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.nn.parallel import DistributedDataParallel
 
-VOCABULARY, BATCH, LENGTH = 12, 12, 4
+VOCABULARY, BATCH, LENGTH = 16, 12, 4
 
 
 class Net(nn.Module):
@@ -51,9 +51,9 @@ class Net(nn.Module):
 
 
 class Tower(nn.Module):
-    """A model for tensor parallelism, with a parameter that takes no part in it."""
+    """A model for tensor parallelism; ``scaled``: with a parameter that takes no part in it."""
 
-    def __init__(self, width: int, inner: int, dtype: torch.dtype) -> None:
+    def __init__(self, width: int, inner: int, dtype: torch.dtype, scaled: bool) -> None:
         super().__init__()
         kind = {"dtype": dtype}
         self.embed = nn.Embedding(VOCABULARY, width, **kind)
@@ -61,26 +61,26 @@ class Tower(nn.Module):
         self.up = nn.Linear(width, inner, **kind)
         self.down = nn.Linear(inner, width, **kind)
         self.head = nn.Linear(width, VOCABULARY, bias=False, **kind)
-        self.scale = nn.Parameter(torch.ones(1, **kind))
+        self.scale = nn.Parameter(torch.ones(1, **kind)) if scaled else None
 
     def forward(self, tokens: Tensor, seldom: bool) -> Tensor:
         x = self.embed(tokens)
         x = x + self.down(torch.tanh(self.up(self.norm(x))))
-        return self.head(x) * self.scale
+        x = self.head(x)
+        return x if self.scale is None else x * self.scale
 
 
-NETS: dict[str, Callable[[torch.dtype], nn.Module]] = {
-    "odd": lambda dtype: Net(7, 10, dtype),
-    "even": lambda dtype: Net(8, 16, dtype),
-    "odd-tower": lambda dtype: Tower(7, 10, dtype),
-    "even-tower": lambda dtype: Tower(8, 16, dtype),
-}
+SIZES = {"odd": (7, 10), "even": (16, 32)}
+"""Width and inner width; of multiples of 16, no vectorized loop has a rest."""
 
 
-def make(net: str, dtype: torch.dtype) -> nn.Module:
-    """The same weights wherever it is called."""
+def make(net: str, dtype: torch.dtype, wrapper: str) -> nn.Module:
+    """The same weights wherever it is called: a net, or a tower for tensor parallelism."""
     torch.manual_seed(5)
-    return NETS[net](dtype)
+    if "tp" not in wrapper:
+        return Net(*SIZES[net], dtype)
+    # All parameters of an optimizer must lie on the same ranks, of which a plain one knows nothing.
+    return Tower(*SIZES[net], dtype, scaled=wrapper == "tp")
 
 
 @dataclass

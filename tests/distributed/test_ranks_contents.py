@@ -93,7 +93,7 @@ def test_state_of_elements_lies_where_they_lie(pool, method):
 
 def on_its_own(method):
     """Plain parameters and gradients that differ from rank to rank, and ``distributed=None``."""
-    model = nets.make("odd", torch.float64)
+    model = nets.make("odd", torch.float64, "ddp")
     spec = Spec(method, "ddp", net="odd")
     optimizer = spec.optimizer(model, None)
     _train(spec, nets.Spread(model, model, nets.world()), optimizer)
@@ -104,7 +104,7 @@ def on_its_own(method):
 def test_without_distribution_ranks_are_on_their_own(pool, method):
     results = pool.run(on_its_own, world_size=2, method=method)
     for rank, params in enumerate(results):
-        model = nets.make("odd", torch.float64)
+        model = nets.make("odd", torch.float64, "ddp")
         spec = Spec(method, "ddp", net="odd")
         optimizer = spec.optimizer(model, None)
         _train(spec, nets.Spread(model, model, (rank, 2)), optimizer)
@@ -115,7 +115,7 @@ def test_without_distribution_ranks_are_on_their_own(pool, method):
 
 def alone(method):
     """The default keyword where there is nobody to share with."""
-    model = nets.make("odd", torch.float64)
+    model = nets.make("odd", torch.float64, "ddp")
     spec = Spec(method, "ddp", net="odd")
     optimizer = spec.optimizer(model, "auto")
     _train(spec, nets.Spread(model, model, (0, 1)), optimizer)
