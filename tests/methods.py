@@ -149,6 +149,8 @@ _BLOCKS_REFUSE = {
     "momentum": (-0.1,),
     "update_every": (0, -1, 1.5),
     "refresh": ("sometimes", None),
+    "latency": (-1, 1.5, "soon", None, 11),
+    "max_latency": (-1, 0, "late"),
     "block_size": (0, -4, 2.5),
     "max_order": (0, -1),
     "skip_dim": (0, -1),
@@ -161,8 +163,9 @@ _SHAMPOO_REFUSES = {
     "root": ("cholesky", None),
 }
 _JORGE_REFUSES = {
-    **_BLOCKS_REFUSE,
+    **{k: v for k, v in _BLOCKS_REFUSE.items() if k not in ("latency", "max_latency")},
     "graft": (*_ENGINE_REFUSES["graft"], "rmsprop", "sign"),
+    "refresh": (*_BLOCKS_REFUSE["refresh"], "async"),
     "momentum": (*_BLOCKS_REFUSE["momentum"], 1.0),
     "order": (0, 4, 2.5),
     "variant": ("published", None),
@@ -348,6 +351,7 @@ METHODS = [
     _shampoo("staggered", solo=False, refresh="staggered", update_every=3),
     _shampoo("newton", root="newton"),
     _shampoo("newton-schulz", root="newton_schulz"),
+    _shampoo("async", solo=False, refresh="async", latency=1, update_every=3),
     _jorge("sgd", twins=_jorge_twins()),
     _jorge("adam", graft="adam", nesterov=True, max_order=3, step_fraction=0.1),
     _jorge("paper", variant="paper", order=3, momentum=0.0, decoupled=False),
@@ -393,6 +397,16 @@ METHODS = [
         "soap",
         parabola.SOAP,
         {"lr": 0.01, "block_size": 4, "update_every": 2, "start_step": 1, "weight_decay": 0.0},
+        refused=_SOAP_REFUSES,
+    ),
+    Method(
+        "soap-async",
+        parabola.SOAP,
+        {
+            **{"lr": 0.01, "block_size": 4, "start_step": 4, "weight_decay": 0.0},
+            **{"refresh": "async", "latency": 2, "update_every": 2},
+        },
+        solo=False,
         refused=_SOAP_REFUSES,
     ),
     Method(

@@ -10,11 +10,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from parabola.host import Ticket
 from parabola.method import Block, Entry, State
 from parabola.tiles import Member, Share
 
@@ -26,6 +27,13 @@ MOST_STRETCHES = 64
 
 PIECE = {"cpu": 1 << 18, "other": 1 << 24}
 """Elements of a run that are worked on together: few enough for a CPU core's cache."""
+
+
+class Held(NamedTuple):
+    """A refresh in flight: the step of its snapshot, and the job."""
+
+    stamp: int
+    ticket: Ticket[Any]
 
 
 @dataclass
@@ -42,9 +50,14 @@ class Bucket:
         refreshed: ``(n, factors)`` int32 on the host: step of the last refresh, 0 for never.
         failures: ``(n, factors)`` int32 on the host: consecutive failed refreshes.
         phase: ``(n, factors)`` int64 on the host: offset of each factor's refresh step.
+        pending: ``(n, factors)`` int32 on the host: step of the snapshot whose result is not in use
+            yet, negative if it failed, 0 for none.
+        residual: ``(n, factors)`` float64 on the host: of each root in use, NaN where unknown.
         t: Step count of the rows, an int or, where they differ, ``(n,)`` int64 on the host.
         settled: True when the last refresh left a sound root for every factor of every row.
         scratch: Memory for `window` that buckets share, at least ``(n, *block)``.
+        tickets: ``(row, column)`` of ``pending`` -> what is in flight on host threads.
+        times: Where somebody wants to know the seconds of jobs, from hand-in and of work.
         memo: What a step derives from the geometry once and wants to find again.
     """
 
@@ -57,9 +70,13 @@ class Bucket:
     refreshed: Tensor
     failures: Tensor
     phase: Tensor
+    pending: Tensor
+    residual: Tensor
     t: int | Tensor = 0
     settled: bool = False
     scratch: Tensor | None = None
+    tickets: dict[tuple[int, int], Held] = field(default_factory=dict)
+    times: list[tuple[float, float]] | None = None
     memo: dict[Any, Any] = field(default_factory=dict)
     _vectors: dict[str, list[Tensor]] = field(default_factory=dict)
     _stretches: dict[tuple[int, int], "Bucket"] = field(default_factory=dict)
@@ -210,9 +227,13 @@ class Bucket:
         on_device = rows.to(self.device)
         state = {k: v.index_select(0, on_device) for k, v in self.state.items()}
         numbers = {k: v.index_select(0, on_device) for k, v in self.numbers.items()}
-        refreshed, failures, phase = (
-            x[rows] if len(x) else x for x in (self.refreshed, self.failures, self.phase)
-        )
+        host = (self.refreshed, self.failures, self.phase, self.pending, self.residual)
+        refreshed, failures, phase, pending, residual = (x[rows] if len(x) else x for x in host)
+        tickets = {}
+        for new, old in enumerate(rows.tolist() if self.tickets else ()):
+            for column in range(self.pending.shape[1]):
+                if (old, column) in self.tickets:
+                    tickets[new, column] = self.tickets[old, column]
         return Bucket(
             members,
             self.block,
@@ -223,7 +244,11 @@ class Bucket:
             refreshed,
             failures,
             phase,
+            pending,
+            residual,
             settled=self.settled,
+            tickets=tickets,
+            times=self.times,
         )
 
     def stretch(self, first: int, last: int, scratch: Tensor | None = None) -> "Bucket":
@@ -279,6 +304,13 @@ class Bucket:
         if len(self.refreshed):
             self.refreshed[rows] = subset.refreshed
             self.failures[rows] = subset.failures
+            self.pending[rows] = subset.pending
+            self.residual[rows] = subset.residual
+            for new, old in enumerate(rows.tolist()):
+                for column in range(self.pending.shape[1]):
+                    self.tickets.pop((old, column), None)
+                    if (new, column) in subset.tickets:
+                        self.tickets[old, column] = subset.tickets[new, column]
             self.settled = self.settled and subset.settled
 
 
@@ -320,7 +352,8 @@ def sort(shares: Sequence[Share], factors: Callable[[Block], dict[str, float]]) 
     for (block, dtype, device, _), mates in found.items():
         n, k = mates[-1].end, len(factors(block))
         host = torch.zeros(n if k else 0, k, dtype=torch.int32, device="cpu")
-        bookkeeping = (host, host.clone(), host.to(torch.int64))
+        unknown = torch.full(host.shape, torch.nan, dtype=torch.float64, device="cpu")
+        bookkeeping = (host, host.clone(), host.to(torch.int64), host.clone(), unknown)
         buckets.append(Bucket(mates, block, dtype, device, {}, {}, *bookkeeping))
     return buckets
 

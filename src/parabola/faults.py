@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors
 
-Stats = dict[str, int]
+Stats = dict[str, float]
 
 STRIKES = 3
 """Consecutive failed refreshes of a factor after which its parameter falls back to the graft."""
@@ -34,6 +34,11 @@ def new_stats() -> Stats:
         "root_retries": 0,
         "root_failures": 0,
         "fallbacks": 0,
+        "stalls": 0,
+        "stall_seconds": 0.0,
+        "skipped_refreshes": 0,
+        "worker_deaths": 0,
+        "timeouts": 0,
         "curvature_vectors": 0,
         "nonfinite_curvature": 0,
         "missing_curvature": 0,
@@ -154,7 +159,7 @@ def on_failed_roots(stats: Stats, failures: Tensor) -> None:
     stats["fallbacks"] += fallen
 
 
-def raise_failed_roots(failed: int) -> None:
+def raise_failed_roots(failed: float) -> None:
     """Raise RuntimeError after a step in which ``failed`` roots failed."""
     raise RuntimeError(
         f"{failed} inverse root(s) failed in float64 with raised damping; the step was taken with "

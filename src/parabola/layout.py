@@ -18,21 +18,31 @@ from torch import Tensor
 
 from parabola import blocks, grafting
 from parabola.blocks import Bucket, state_dtype
+from parabola.faults import Stats
 from parabola.geometry import is_sharded, local, take, wrapped
-from parabola.method import Block, ChainMethod, Entry, Method, Options, SpanMethod
+from parabola.latency import Warmup
+from parabola.method import GRADIENT, Block, ChainMethod, Entry, Method, Options, SpanMethod
+from parabola.offload import NEXT, land
 from parabola.options import frozen
-from parabola.refresh import assign_phases
+from parabola.recompute import absent, recompute
 from parabola.routing import STRUCTURAL, Route, chain, elements, route, spanned
+from parabola.schedule import assign_phases
 from parabola.tiles import Share, Tile
 
-HOST = ("refreshed", "failures")
-"""Bookkeeping of every block, kept on the host: ``(factors,)`` int32 each."""
+STEP_BYTES = 4
+"""Bytes of ``step`` a parameter."""
 
 BLOCK = re.compile(r"b(\d+)/")
 """How the keys of a block begin."""
 
-STEP_BYTES, HOST_BYTES = 4, 4 * len(HOST)
-"""Bytes of ``step`` a parameter, and of the bookkeeping a factor."""
+
+HOST, PENDING = ("refreshed", "failures"), "pending"
+"""Bookkeeping of every block, kept on the host: ``(factors,)`` int32 each."""
+
+
+def bookkeeping(group: Mapping[str, Any]) -> tuple[str, ...]:
+    """What of it a group has."""
+    return (*HOST, PENDING) if group.get("refresh") == "async" else HOST
 
 
 def names_of(group: Mapping[str, Any]) -> list[str]:
@@ -65,7 +75,25 @@ def entries(method: Method, block: Block, group: Options) -> dict[str, Entry]:
     """All state tensors of one block on the device: the engine's, and the method's."""
     options = options_of(method, block, group)
     own = method.init(block, options) if block.treated else {}
+    if options.get("refresh") == "async":
+        own |= _back_buffers(method, block, options, own)
     return {**grafting.entries(block, options, method.filter_direction), **own}
+
+
+def _back_buffers(
+    method: Method, block: Block, options: Options, own: Mapping[str, Entry]
+) -> dict[str, Entry]:
+    """Where results wait that came from host threads and are not in use yet."""
+    buffers: dict[str, Entry] = {}
+    for factor in factors(method, block, options):
+        names = method.outputs(factor, options)
+        if not names or GRADIENT in method.inputs(factor):
+            raise ValueError(
+                "Invalid refresh value: 'async'; allowed for refresh: 'inline' or 'staggered' "
+                f"({type(method).__name__} has no expensive part that reads statistics alone)"
+            )
+        buffers |= {name + NEXT: own[name]._replace(start="zeros") for name in names}
+    return buffers
 
 
 def factors(method: Method, block: Block, options: Options) -> dict[str, float]:
@@ -105,7 +133,7 @@ def row_bytes(method: Method, block: Block, group: Options, p: Tensor) -> int:
         (entry.dtype or state_dtype(p)).itemsize * prod(entry.shape)
         for entry in entries(method, block, group).values()
     )
-    return sum(found) + HOST_BYTES * len(factors(method, block, group))
+    return sum(found) + 4 * len(bookkeeping(group)) * len(factors(method, block, group))
 
 
 def tile_bytes(method: Method, tile: Tile, group: Options, p: Tensor) -> int:
@@ -193,7 +221,7 @@ class Layout:
         self.steps = torch.zeros(len(self.params), dtype=torch.float32, device="cpu")
         tiles = shares(index, found)
         everything = blocks.sort(tiles, lambda block: factors(method, block, group))
-        if group.get("refresh") == "staggered":
+        if group.get("refresh") in ("staggered", "async"):
             costs = [list(factors(method, b.block, group).values()) for b in everything]
             assign_phases(everything, costs, group["update_every"])
         mine = {(share.slot, share.first) for share in tiles if share.mine}
@@ -204,19 +232,32 @@ class Layout:
                 lambda block: entries(method, block, group),
                 lambda block: numbers(method, block, group),
             )
+        self.warmup = Warmup()
         self.step_views = list(self.steps.unbind(0))
-        self._adopt(state)
+        options = [options_of(method, b.block, group) for b in self.buckets]
+        both = list(zip(self.buckets, options, strict=True))
+        lost = [absent(method, bucket, self.params, state, own) for bucket, own in both]
+        self._adopt(state, bookkeeping(group))
+        clock = self.steps.tolist()
+        for (bucket, its_options), rows in zip(both, lost, strict=True):
+            if any(map(len, rows.values())) and bool(bucket.refreshed.any()):
+                bucket.t = _rows_clock([clock[slot] for slot in bucket.slots], bucket.splits)
+                recompute(method, bucket, rows, its_options)
         if previous is not None:
             self._drop(previous)
+            self._inherit(previous)
+        for bucket in self.buckets:
+            bucket.times = self.warmup.jobs if group.get("latency") == "auto" else None
         self._own = [state[p] for p in self.params]
 
-    def _adopt(self, state: MutableMapping[Tensor, Any]) -> None:
+    def _adopt(self, state: MutableMapping[Tensor, Any], kept: Sequence[str]) -> None:
         """Copy what ``state`` already holds into the buckets, and put views in its place."""
         for p, name, view in zip(self.params, self.names, self.step_views, strict=True):
             self._claim(state[p], "step", view, name)
         for bucket in self.buckets:
-            host = dict(zip(HOST, (bucket.refreshed, bucket.failures), strict=True))
-            tensors = {**bucket.state, **(host if len(bucket.refreshed) else {})}
+            tensors = dict(bucket.state)
+            if len(bucket.refreshed):
+                tensors |= {name: getattr(bucket, name) for name in kept}
             for member in bucket.members:
                 p, name = self.params[member.slot], self.names[member.slot]
                 for entry, tensor in tensors.items():
@@ -249,6 +290,28 @@ class Layout:
         for own, key in zip(previous._owners, previous._keys, strict=True):
             if id(own) in owners and (id(own), key) not in kept:
                 own.pop(key, None)
+
+    def _inherit(self, previous: "Layout") -> None:
+        """Go on with the jobs that the layout before this one had in flight.
+
+        Which of them are still wanted is told by ``pending``.
+        """
+        self.warmup = previous.warmup
+        places = {
+            (id(self.params[member.slot]), member.first + i): (bucket, member.start + i)
+            for bucket in self.buckets
+            for member in bucket.members
+            for i in range(member.tile.rows if len(bucket.refreshed) else 0)
+        }
+        for old in previous.buckets:
+            for member in old.members if old.tickets else ():
+                for i in range(member.tile.rows):
+                    place = (id(previous.params[member.slot]), member.first + i)
+                    bucket, row = places.get(place, (None, 0))
+                    for column in range(old.pending.shape[1]):
+                        held = old.tickets.get((member.start + i, column))
+                        if bucket is not None and held is not None:
+                            bucket.tickets[row, column] = held
 
     def _claim(self, own: dict[str, Any], key: str, view: Tensor, name: str) -> None:
         old = own.get(key)
@@ -320,6 +383,12 @@ class Layout:
 
     def _addresses(self) -> list[int]:
         return [local(p).data_ptr() for p in self.params]
+
+    def land(self, group: Mapping[str, Any], stats: Stats) -> None:
+        """Bring the results of all jobs in flight into the state, waiting for them."""
+        for bucket in self.buckets:
+            if bucket.tickets:
+                land(self._method, bucket, options_of(self._method, bucket.block, group), stats)
 
     @property
     def informed(self) -> bool:

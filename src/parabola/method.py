@@ -89,11 +89,13 @@ class Refreshed(NamedTuple):
         ok: ``(m,)`` bool. The engine keeps the old values of a row that is not ok. None: all rows
             are sound, and nobody has to wait for an accelerator to learn it.
         retries: ``(m,)`` integers. Rungs of the numerical fallback chain that were climbed.
+        residual: ``(m,)``. How well the new values pass the method's own test; for `metrics`.
     """
 
     tensors: State
     ok: Tensor | None = None
     retries: Tensor | None = None
+    residual: Tensor | None = None
 
 
 class Method:
@@ -159,6 +161,17 @@ class Method:
         """
         return ()
 
+    def symmetric(self, factor: str) -> tuple[str, ...]:
+        """Which of the inputs are symmetric matrices: of those, half travels to host threads."""
+        return ()
+
+    def outputs(self, factor: str, options: Options) -> tuple[str, ...]:
+        """State tensors that `refresh` of this factor renews; what it leaves out of them stays.
+
+        With them a factor that does not read the gradient can be refreshed on host threads.
+        """
+        return ()
+
     def burst(self, factor: str, block: Block, options: Options) -> int:
         """How many of its first steps all refresh a factor that reads the gradient."""
         return 0
@@ -166,6 +179,33 @@ class Method:
     def refresh(self, state: State, factor: str, block: Block, options: Options) -> Refreshed:
         """Recompute one factor from a snapshot of its inputs, ``m`` rows of the stack."""
         raise KeyError(f"{type(self).__name__} has no factor {factor!r}")
+
+    def derived(self, factor: str) -> tuple[str, ...]:
+        """What `refresh` of this factor makes of statistics alone: a checkpoint may leave it out.
+
+        Nothing, where other state is kept in coordinates that depend on it.
+        """
+        return ()
+
+    def loosen(self, state: State, block: Block, options: Options) -> State:
+        """The state of a stack in a form that other blocks can be cut from.
+
+        Args:
+            state: ``(n, ...)`` each, with the `numbers` and with ``refreshed``, ``(n, factors)``.
+            block: The geometry of the stack.
+            options: The parameter group.
+
+        Returns:
+            Under the name of a preconditioned axis its statistic, a sum over the other axes; the
+            rest of a block's shape in the parameter's own coordinates; what is kept once a block.
+            Here: all but what is `derived`.
+        """
+        derived = {key for f in self.factors(block, options) for key in self.derived(f)}
+        return {key: value for key, value in state.items() if key not in derived}
+
+    def settle(self, state: State, block: Block, options: Options) -> State:
+        """The inverse of `loosen`, for the new blocks; `derived` entries follow on their own."""
+        return state
 
     def transport(self, state: State, rows: Tensor | None, factor: str, new: State) -> State:
         """What else changes with a factor, as its new values are taken over.

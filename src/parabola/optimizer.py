@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from parabola import chains, faults, grafting, spans
+from parabola import chains, faults, grafting, metrics, offload, spans
 from parabola.blocks import Bucket
 from parabola.curvature.feed import Feed, captured
 from parabola.distributed import Exchange, Intake, Local, Spread, Verdict, connect
@@ -40,7 +40,8 @@ from parabola.linalg import full_precision
 from parabola.method import ChainMethod, Method, Options, SpanMethod
 from parabola.options import frozen, validate
 from parabola.plan import Plan, plan_groups
-from parabola.refresh import ready, refresh
+from parabola.refresh import refresh
+from parabola.schedule import ready
 
 Vectors = Sequence[Sequence[Tensor]]
 """Vectors that a bucket takes in: each one tensor a member."""
@@ -55,6 +56,9 @@ class SecondOrder(Optimizer):
             ``skipped_steps`` of a parameter group, for ``nonfinite_gradients`` of parameters;
             ``refreshes`` of factors, of which ``root_retries`` climbed the numerical fallback chain
             and ``root_failures`` kept the old root; ``fallbacks`` of factors to the graft's step;
+            ``stalls`` where a step waited for a result of the host threads, ``stall_seconds`` in
+            all, ``skipped_refreshes`` that were due while the last one was under way,
+            ``worker_deaths`` of host threads at work, ``timeouts`` of their jobs;
             ``curvature_vectors`` given, ``nonfinite_curvature`` of them dropped,
             ``missing_curvature`` where the gradient stood in, for each bucket and step;
             ``idle_curvature`` blocks of an optimizer that takes none.
@@ -112,6 +116,8 @@ class SecondOrder(Optimizer):
         """One step of a parameter group, whose gradients have passed inspection."""
         method, exchange, joint = self.method, self._exchange, []
         group, feed = self.param_groups[index], self._feed
+        if group.get("refresh") == "async" and group["latency"] == "auto":
+            layout.warmup.tick(group, layout.taken + 1, self.stats, exchange.agree)
         due = method.fed(group) and self._due(group, layout, clock)
         if due and not feed.vectors:
             due = verdict.telling
@@ -152,7 +158,10 @@ class SecondOrder(Optimizer):
             with full_precision():
                 if vectors:
                     method.accumulate(bucket.state, given or [g], block, options)
-                refresh(method, bucket, g, options, self.stats)
+                if options.get("refresh") == "async":
+                    offload.refresh(method, bucket, options, self.stats)
+                else:
+                    refresh(method, bucket, g, options, self.stats)
                 g = method.project(bucket.state, g, block, options)
                 if vectors:
                     given = [method.project(bucket.state, h, block, options) for h in given]
@@ -353,6 +362,32 @@ class SecondOrder(Optimizer):
             self._layouts[index] = layout
         return layout
 
+    def metrics(self) -> dict[str, float]:
+        """How old and how good the roots in use are, as a flat dictionary for any logger.
+
+        Returns:
+            For every factor of every block, such as ``"fc.weight/b0/left"``: ``.../age``, steps
+            since the snapshot of the statistics behind the root in use, once there is one;
+            ``.../residual``, how far that root is from its matrix, where the method says it;
+            ``.../failures``, failed refreshes in a row. Over all of them ``age_max``, ``age_mean``,
+            ``factors``, ``factors_without_root`` and ``jobs_in_flight`` (snapshots whose result is
+            not in use yet), and ``stalls``, ``stall_seconds`` and ``skipped_refreshes`` of
+            ``stats``.
+        """
+        return metrics.metrics(self.method, self.param_groups, self._layouts, self.stats)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state, as in torch.optim; waits for the jobs of host threads that are in flight."""
+        self._land()
+        return super().state_dict()
+
+    def _land(self) -> None:
+        """Bring the results of jobs in flight into the state."""
+        for index, layout in list(self._layouts.items()):
+            if any(bucket.tickets for bucket in layout.buckets):
+                group = self.param_groups[index]
+                self._layout(index, group).land(group, self.stats)
+
     def plan(self) -> Plan:
         """What every parameter gets, why, and what it costs; ``print(opt.plan())`` is a table."""
         return plan_groups(self.method, self.param_groups)
@@ -400,6 +435,7 @@ class SecondOrder(Optimizer):
             after.remove()
 
     def __getstate__(self) -> dict[str, Any]:
+        self._land()
         # Clones: a pickle would write a whole bucket behind every view of it.
         state: defaultdict[Tensor, Any] = defaultdict(dict)
         for p, own in self.state.items():
@@ -408,7 +444,7 @@ class SecondOrder(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.__dict__.setdefault("stats", faults.new_stats())
+        self.stats = {**faults.new_stats(), **self.__dict__.get("stats", {})}
         self._exchange, self._feed = Local(), Feed()
         self._layouts, self._checked = {}, {}
         for group in self.param_groups:

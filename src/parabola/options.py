@@ -67,7 +67,12 @@ COMMON: Mapping[str, Check] = {
     "graft": one_of("adam", "rmsprop", "adagrad", "sgd", "sign", None),
     "update_every": integer(1),
     "start_step": integer(0),
-    "refresh": one_of("inline", "staggered"),
+    "refresh": one_of("inline", "staggered", "async"),
+    "latency": (
+        lambda x: x == "auto" or integer(0)[0](x),
+        "'auto', or an integer >= 0 and <= update_every",
+    ),
+    "max_latency": optional(integer(0)),
     "maximize": FLAG,
     "nonfinite": one_of("skip", "raise", "ignore"),
     "distributed": one_of("auto", "owners", "roots", None),
@@ -124,6 +129,17 @@ def validate(group: Mapping[str, Any], checks: Mapping[str, Check]) -> None:
         if name in group and not allowed(group[name]):
             title = TITLES.get(name, name)
             raise ValueError(f"Invalid {title} value: {group[name]!r}; allowed for {name}: {text}")
+    latency, bound = group.get("latency", "auto"), group.get("max_latency")
+    if "update_every" in group and latency != "auto" and latency > group["update_every"]:
+        raise ValueError(
+            f"Invalid latency value: {latency!r}; allowed for latency: 'auto', or an integer >= 0 "
+            f"and <= update_every, which is {group['update_every']}"
+        )
+    if bound is not None and bound < (1 if latency == "auto" else latency):
+        raise ValueError(
+            f"Invalid max_latency value: {bound!r}; allowed for max_latency: None, or an integer "
+            f">= latency, which is {latency!r}" + (" and at least 1" if latency == "auto" else "")
+        )
     if group.get("nesterov") and group["momentum"] == 0:
         raise ValueError(
             "Nesterov momentum requires a momentum: nesterov is True and momentum is "

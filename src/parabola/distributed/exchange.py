@@ -128,7 +128,7 @@ class Exchange(Protocol):
         ...
 
     def agree(self, value: float) -> float:
-        """One value for all processes: that of the first."""
+        """One value for all processes, where each has its own: the largest."""
         ...
 
     def every(self, flag: bool) -> bool:
@@ -199,7 +199,7 @@ class Local:
         self._spreads = []
 
     def agree(self, value: float) -> float:
-        """It is."""
+        """Its own."""
         return value
 
     def every(self, flag: bool) -> bool:

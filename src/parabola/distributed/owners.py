@@ -192,9 +192,9 @@ class Owners(Local):
         super().close()
 
     def agree(self, value: float) -> float:
-        """That of the first rank."""
+        """The largest of all ranks."""
         box = torch.tensor(value, dtype=torch.float64, device=self._device)
-        dist.broadcast(box, group_src=0, group=self._ranks)
+        dist.all_reduce(box, dist.ReduceOp.MAX, group=self._ranks)
         return float(box)
 
     def every(self, flag: bool) -> bool:

@@ -8,6 +8,8 @@ restores them; a thread that leaves early cannot lower the precision under one s
 """
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 import torch
@@ -23,8 +25,11 @@ class _FullPrecision:
         self._lock = threading.Lock()
         self._users = 0
         self._saved: tuple[str, str] | None = None
+        self.exempt = threading.local()
 
     def __enter__(self) -> None:
+        if getattr(self.exempt, "float64", False):
+            return
         with self._lock:
             self._users += 1
             if self._users > 1:
@@ -40,6 +45,8 @@ class _FullPrecision:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if getattr(self.exempt, "float64", False):
+            return
         with self._lock:
             self._users -= 1
             if self._users == 0 and self._saved is not None:
@@ -63,3 +70,17 @@ def full_precision() -> _FullPrecision:
         ...     gram = torch.ones(2, 3) @ torch.ones(3, 2)
     """
     return _guard
+
+
+@contextmanager
+def in_float64() -> Iterator[None]:
+    """Region of a thread that multiplies in float64 only, where the flags have no say.
+
+    `full_precision` leaves them alone there: a host thread at work on roots must not slow down the
+    products of a trainer that asked for less.
+    """
+    _guard.exempt.float64 = True
+    try:
+        yield
+    finally:
+        _guard.exempt.float64 = False

@@ -60,7 +60,13 @@ class Diagonal(SecondOrder):
         precondition_1d: Vectors too get a factor.
         parts: Independent matrices along axis 0: ``"qkv"``, ``"experts"``, a count (heads), or
             lengths. ``"auto"`` finds fused projections by name.
-        refresh: ``"inline"``, or ``"staggered"``: 1/``update_every`` of the cost at each step.
+        refresh: ``"inline"``; ``"staggered"``: 1/``update_every`` of the cost at each step; or
+            ``"async"``: the same schedule, on host threads in float64 while training goes on.
+        latency: With ``"async"``, steps from the snapshot of a statistic to the use of its basis,
+            0 to ``update_every``; ``"auto"`` measures how many are needed, and writes the number
+            into the parameter group.
+        max_latency: With ``"async"``: None to wait for a result that is late, so that runs repeat
+            exactly; or steps up to which a late one may be adopted whenever it comes.
         maximize: Maximize the objective.
         nonfinite: ``"skip"`` the step of a group with a NaN or Inf gradient, ``"raise"``, or
             ``"ignore"`` where somebody else looks already. A curvature vector that is not finite is
@@ -119,6 +125,8 @@ class Diagonal(SecondOrder):
         precondition_1d: bool = False,
         parts: str | int | tuple[int, ...] | None = "auto",
         refresh: str = "inline",
+        latency: int | str = "auto",
+        max_latency: int | None = None,
         maximize: bool = False,
         nonfinite: str = "skip",
         kernels: str = "auto",
@@ -154,6 +162,8 @@ class Diagonal(SecondOrder):
                 "precondition_1d": precondition_1d,
                 "parts": parts,
                 "refresh": refresh,
+                "latency": latency,
+                "max_latency": max_latency,
                 "maximize": maximize,
                 "nonfinite": nonfinite,
                 "kernels": kernels,

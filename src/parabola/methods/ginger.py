@@ -51,6 +51,10 @@ class GingerMethod(SpanMethod):
     """Equations (1) to (5), on inner products alone."""
 
     checks: ClassVar[Mapping[str, Check]] = {
+        "refresh": (
+            one_of("inline")[0],
+            "'inline' (its eigenproblems are small and part of every update: nothing to put off)",
+        ),
         "rank": integer(0),
         "damping": (
             lambda x: x == "bulk" or real(0, open_low=True)[0](x),

@@ -63,6 +63,18 @@ class ShampooMethod(Method):
         """A root is computed from its statistic alone."""
         return (factor,)
 
+    def symmetric(self, factor: str) -> tuple[str, ...]:
+        """The statistic."""
+        return (factor,)
+
+    def outputs(self, factor: str, options: Options) -> tuple[str, ...]:
+        """The root."""
+        return (f"{factor}_root",)
+
+    def derived(self, factor: str) -> tuple[str, ...]:
+        """The root."""
+        return (f"{factor}_root",)
+
     def refresh(self, state: State, factor: str, block: Block, options: Options) -> Refreshed:
         """Equation (2)."""
         statistic, exponent = state[factor], _exponent(block, options)
@@ -75,7 +87,7 @@ class ShampooMethod(Method):
             trace = statistic.diagonal(dim1=-2, dim2=-1).sum(-1)
             scale = torch.where(trace > 0, trace, 1.0) ** (exponent / 2)
             values = values * scale[:, None, None]
-        return Refreshed({f"{factor}_root": values}, root.ok, root.retries)
+        return Refreshed({f"{factor}_root": values}, root.ok, root.retries, root.residual)
 
     def apply(self, state: State, m: Tensor, block: Block, options: Options) -> Tensor:
         """Equation (3)."""
@@ -134,7 +146,13 @@ class Shampoo(SecondOrder):
             lengths. ``"auto"`` finds fused projections by name.
         update_every: Steps between two refreshes of the roots.
         start_step: Steps at the start that are the graft's own, while statistics gather.
-        refresh: ``"inline"``, or ``"staggered"``: 1/``update_every`` of the cost at each step.
+        refresh: ``"inline"``; ``"staggered"``: 1/``update_every`` of the cost at each step; or
+            ``"async"``: the same schedule, on host threads in float64 while training goes on.
+        latency: With ``"async"``, steps from the snapshot of a statistic to the use of its root,
+            0 to ``update_every``; ``"auto"`` measures how many are needed, and writes the number
+            into the parameter group.
+        max_latency: With ``"async"``: None to wait for a result that is late, so that runs repeat
+            exactly; or steps up to which a late one may be adopted whenever it comes.
         maximize: Maximize the objective.
         nonfinite: ``"skip"`` the step of a group with a NaN or Inf gradient, ``"raise"``, or
             ``"ignore"`` where somebody else looks already (saves one read of the gradients, and on
@@ -178,6 +196,8 @@ class Shampoo(SecondOrder):
         update_every: int = 10,
         start_step: int = 10,
         refresh: str = "inline",
+        latency: int | str = "auto",
+        max_latency: int | None = None,
         maximize: bool = False,
         nonfinite: str = "skip",
         distributed: str | None = "auto",
@@ -206,6 +226,8 @@ class Shampoo(SecondOrder):
                 "update_every": update_every,
                 "start_step": start_step,
                 "refresh": refresh,
+                "latency": latency,
+                "max_latency": max_latency,
                 "maximize": maximize,
                 "nonfinite": nonfinite,
                 "distributed": distributed,

@@ -39,7 +39,13 @@ class SOAP(Diagonal):
         skip_dim: An axis longer than this is not rotated.
         precondition_1d: Vectors too get a factor.
         parts: Independent matrices along axis 0; see `Diagonal`.
-        refresh: ``"inline"``, or ``"staggered"``: 1/``update_every`` of the cost at each step.
+        refresh: ``"inline"``; ``"staggered"``: 1/``update_every`` of the cost at each step; or
+            ``"async"``: the same schedule, on host threads in float64 while training goes on.
+        latency: With ``"async"``, steps from the snapshot of a statistic to the use of its basis,
+            0 to ``update_every``; ``"auto"`` measures how many are needed, and writes the number
+            into the parameter group.
+        max_latency: With ``"async"``: None to wait for a result that is late, so that runs repeat
+            exactly; or steps up to which a late one may be adopted whenever it comes.
         maximize: Maximize the objective.
         nonfinite: ``"skip"``, ``"raise"`` or ``"ignore"``; see `Diagonal`.
         distributed: Who else takes part: ``"auto"`` reads it from the parameters' placements and
@@ -74,6 +80,8 @@ class SOAP(Diagonal):
         precondition_1d: bool = False,
         parts: str | int | tuple[int, ...] | None = "auto",
         refresh: str = "inline",
+        latency: int | str = "auto",
+        max_latency: int | None = None,
         maximize: bool = False,
         nonfinite: str = "skip",
         distributed: str | None = "auto",
@@ -98,6 +106,8 @@ class SOAP(Diagonal):
             precondition_1d=precondition_1d,
             parts=parts,
             refresh=refresh,
+            latency=latency,
+            max_latency=max_latency,
             maximize=maximize,
             nonfinite=nonfinite,
             distributed=distributed,

@@ -50,6 +50,10 @@ class SONewMethod(ChainMethod):
         "floor": real(0),
         "absolute_floor": real(0),
         "drop_tolerance": real(0, 1),
+        "refresh": (
+            one_of("inline")[0],
+            "'inline' (there is no expensive part: nothing to put off, or to move to host threads)",
+        ),
         "graft": one_of("adam", "rmsprop", "sgd", None),
         "chain": one_of("tensor", "row"),
         "state_dtype": one_of(None, torch.bfloat16, "bfloat16"),
