@@ -117,7 +117,8 @@ class Spec:
             exact = all(n % 16 == 0 for n in p.shape[:2])
         else:
             exact = whole
-        return 0.0 if exact else 1e-12 if self.dtype == torch.float64 else 1e-5
+        rounding = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}
+        return 0.0 if exact else rounding[self.dtype]
 
 
 @dataclass
@@ -253,12 +254,13 @@ def compare(spec: Spec, runs: list[Run]) -> None:
     for i, (name, p) in enumerate(model.named_parameters()):
         stepped = any(grads[i] is not None for grads in runs[0].grads)
         assert stepped == p.requires_grad, name
-        assert torch.equal(p, before[i]) != stepped, name
+        if spec.dtype != torch.bfloat16:  # there a small step may round to none
+            assert torch.equal(p, before[i]) != stepped, name
 
 
 def same(a: Tensor, b: Tensor, tolerance: float, what: str) -> None:
     """Equal up to a tolerance, relative to the largest element or to 1."""
-    bound = tolerance * max(1.0, float(b.abs().max())) if b.numel() else 0.0
+    bound = tolerance * max(1.0, float(b.abs().max())) if b.numel() and tolerance else 0.0
     torch.testing.assert_close(a, b, rtol=0, atol=bound, msg=lambda text: f"{what}: {text}")
 
 

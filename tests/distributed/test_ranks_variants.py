@@ -15,7 +15,8 @@ VARIANTS = {
     "maximized": {"options": {"maximize": True, "weight_decay": 0.1}},
     "coupled": {"options": {"weight_decay": 0.1, "decoupled": False}},
     "decoupled": {"options": {"weight_decay": 0.1}},
-    "bfloat16": {"bfloat16": True, "dtype": torch.float32},
+    "autocast": {"bfloat16": True, "dtype": torch.float32},
+    "bfloat16": {"dtype": torch.bfloat16},
 }
 METHODS = ("torch-adamw", "shampoo-adam", "jorge-sgd", "sonew-adam")
 
@@ -53,6 +54,13 @@ def test_curvature_from_outside(pool, method, wrapper, ranks):
     runs = pool.run(follow, world_size=ranks, spec=spec)
     assert all(run.stats["curvature_vectors"] >= 3 for run in runs)
     compare(spec, runs)
+
+
+@pytest.mark.parametrize("method", ["shampoo-adam", "soap"])
+@over_wrappers
+def test_roots_on_host_threads(pool, method, wrapper, ranks):
+    spec = Spec(method, wrapper, options={"refresh": "async", "latency": 1})
+    compare(spec, pool.run(follow, world_size=ranks, spec=spec))
 
 
 @pytest.mark.parametrize("method", ["shampoo-adam", "jorge-sgd", "soap", "sonew-adam"])
