@@ -44,6 +44,7 @@ class Spec:
         idle: Steps at which no parameter has a gradient.
         poisoned: Step -> rank on which a number of the gradient is NaN.
         groups: Whether there are two parameter groups, with settings of their own.
+        changes: Keywords that are changed after three steps.
         late: Whether the last parameters come after two steps, in a group of their own.
         decays: Whether a scheduler changes the learning rate.
         bfloat16: Whether forward and backward passes are in bfloat16.
@@ -62,6 +63,7 @@ class Spec:
     idle: tuple[int, ...] = ()
     poisoned: dict[int, int] = field(default_factory=dict)
     groups: bool = False
+    changes: dict[str, Any] = field(default_factory=dict)
     late: bool = False
     decays: bool = False
     bfloat16: bool = False
@@ -92,6 +94,9 @@ class Spec:
 
     def before(self, optimizer: Any, model: Any, t: int) -> None:
         """What a user does between steps."""
+        if t == 3:
+            for group in optimizer.param_groups:
+                group.update(self.changes)
         if self.late and t == 2:
             optimizer.add_param_group({"params": list(model.named_parameters())[-2:], "lr": 0.03})
 

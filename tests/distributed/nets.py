@@ -137,6 +137,13 @@ def hsdp(model: nn.Module, **options: Any) -> Spread:
     return fsdp(model, mesh=mesh, **options)
 
 
+def stages(model: nn.Module, **options: Any) -> Spread:
+    """Groups of two ranks that know nothing of each other, as in a pipeline."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size() // 2, 2), mesh_dim_names=("pp", "fsdp"))
+    spread = fsdp(model, mesh=mesh["fsdp"], **options)
+    return Spread(spread.model, model, (mesh.get_local_rank("fsdp"), 2))
+
+
 def _towers(model: nn.Module, mesh: Any) -> nn.Module:
     """Tensor parallelism, with the norm (a replicated parameter) on pieces of the sequence."""
     plan = {
@@ -167,6 +174,7 @@ WRAPPERS: dict[str, Callable[..., Spread]] = {
     "fsdp": fsdp,
     "shard1": shard1,
     "hsdp": hsdp,
+    "stages": stages,
     "tp": tp,
     "fsdp_tp": fsdp_tp,
 }

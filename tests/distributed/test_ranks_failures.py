@@ -117,7 +117,44 @@ def test_a_rank_that_raises_is_named_on_the_others(pool, method, how):
         torch.testing.assert_close(params, results[0][2], rtol=0, atol=0)
 
 
-def loses_a_rank(method, how):
+class Broken:
+    """A method that fails when a direction is wanted."""
+
+    def __init__(self, method):
+        self._method = method
+
+    def __getattr__(self, name):
+        return getattr(self._method, name)
+
+    def apply(self, *_):
+        return _fails()
+
+
+def breaks(method):
+    """On rank 1 the second step fails after gradients have come in."""
+    optimizer, named = build(method)
+    give(named, 0)
+    optimizer.step()
+    give(named, 1)
+    optimizer.step()  # preconditioned
+    give(named, 2)
+    if dist.get_rank() == 1:
+        optimizer.method = Broken(optimizer.method)
+    try:
+        optimizer.step()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+@pytest.mark.parametrize("method", ["shampoo", "soap"])
+def test_a_rank_that_fails_midway_is_named_on_the_others(pool, method):
+    stories = pool.run(breaks, world_size=2, group_timeout=15, method=method)
+    assert re.search(r"RuntimeError: .*rank 1\b", stories[0]), stories[0]
+    assert stories[1] == "LookupError: no more data"
+
+
+def loses_a_rank(method, how, folder):
     """Rank 1 is not there for the second step."""
     optimizer, named = build(method)
     give(named, 0)
@@ -127,27 +164,29 @@ def loses_a_rank(method, how):
     if dist.get_rank() == 1 and how == "exits":
         os._exit(0)
     if dist.get_rank() == 1 and how == "absent":
-        time.sleep(6)
+        while len(os.listdir(folder)) < 2:
+            time.sleep(0.1)
         return None
     give(named, 1)
     with pytest.raises(RuntimeError):
         optimizer.step()
+    (folder / str(dist.get_rank())).touch()
     return True
 
 
 @pytest.mark.parametrize(
     ("method", "how"), [("shampoo", "killed"), ("shampoo", "exits"), ("soap", "killed")]
 )
-def test_when_a_rank_dies_the_others_raise(own, method, how):
+def test_when_a_rank_dies_the_others_raise(own, tmp_path, method, how):
     # Well before the group's own time-out.
-    results = own.run(
-        loses_a_rank, 3, timeout=30, group_timeout=600, dies=[1], method=method, how=how
-    )
+    kwargs = {"method": method, "how": how, "folder": tmp_path}
+    results = own.run(loses_a_rank, 3, timeout=60, group_timeout=600, dies=[1], **kwargs)
     assert results == [True, None, True]
 
 
-def test_a_rank_that_does_not_come_is_waited_for_as_long_as_the_group_says(own):
-    results = own.run(loses_a_rank, 3, timeout=30, group_timeout=3, method="shampoo", how="absent")
+def test_a_rank_that_does_not_come_is_waited_for_as_long_as_the_group_says(own, tmp_path):
+    kwargs = {"method": "shampoo", "how": "absent", "folder": tmp_path}
+    results = own.run(loses_a_rank, 3, timeout=60, group_timeout=5, **kwargs)
     assert results == [True, None, True]
 
 

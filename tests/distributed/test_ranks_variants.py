@@ -3,7 +3,9 @@
 
 import pytest
 import torch
-from following import ROWS, Spec, compare, follow
+from following import ROWS, Spec, compare, follow, same
+
+from methods import make_params, train
 
 VARIANTS = {
     "accumulated": {"micro": 2},
@@ -45,6 +47,41 @@ def test_variants(pool, method, variant, wrapper, ranks):
 def test_variants_of_replicated_shards(pool, method, variant):
     spec = Spec(method, "hsdp", **VARIANTS[variant])
     compare(spec, pool.run(follow, world_size=4, spec=spec))
+
+
+@pytest.mark.parametrize("method", ["shampoo-adam", "soap", "sonew-adam", "ginger-adam"])
+def test_groups_of_ranks_that_know_nothing_of_each_other(pool, method):
+    spec = Spec(method, "stages")
+    compare(spec, pool.run(follow, world_size=4, spec=spec))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"update_every": 1}, {"weight_decay": 0.1, "decoupled": False}],
+    ids=["update_every", "decoupled"],
+)
+@over_wrappers
+def test_keywords_that_change_on_the_way(pool, changes, wrapper, ranks):
+    spec = Spec("shampoo-adam", wrapper, changes=changes)
+    compare(spec, pool.run(follow, world_size=ranks, spec=spec))
+
+
+def replicas(method):
+    """Parameters of every shape, the same on all ranks, with the same gradients."""
+    params = make_params()
+    train(ROWS[method](params, distributed="auto"), params, 6)
+    return [p.detach() for p in params]
+
+
+@pytest.mark.parametrize(
+    "method", ["shampoo-order3", "jorge-adam", "soap", "diagonal-full", "sonew-adam", "ginger-adam"]
+)
+def test_every_shape(pool, method):
+    params = make_params()
+    train(ROWS[method](params), params, 6)
+    for found in pool.run(replicas, world_size=3, method=method):
+        for a, b in zip(found, params, strict=True):
+            same(a, b.detach(), 1e-12, f"{tuple(b.shape)}")
 
 
 @pytest.mark.parametrize("method", ["sophia", "ginger-adam", "diagonal-newton", "diagonal-kfac"])
