@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Step times where roots dominate: inline, staggered, on host threads, and without any refresh.
 
-python benchmarks/async_refresh.py                        four ways of refreshing, some five minutes
+python benchmarks/async_refresh.py                        four ways of refreshing, three minutes
 python benchmarks/async_refresh.py --rounds 2             a smoke run
 python benchmarks/async_refresh.py --plot docs/images/async-refresh.png
 python benchmarks/async_refresh.py --page docs/benchmarks/async-refresh.md   write into the page
 
-One process, wall time of a whole training step of a multilayer perceptron: batch, forward, backward,
+One process, wall time of a whole training step of a multilayer perceptron: forward, backward,
 optimizer. The trainer has one thread, the pool one worker, so that a machine with an idle core
-beside the trainer's is needed. All contenders start from the same weights, see the same batches and
-take turns. A turn is two periods of ``update_every`` steps, and ends when the jobs in flight are
-done: the wait is added to the turn's mean, so that no work is hidden in another contender's turn.
+beside the trainer's is needed. All contenders start from the same weights, see the same batches
+and take turns. A turn is two periods of ``update_every`` steps, and ends when the jobs in flight
+are done: the wait is added to the turn's mean, so that no work is hidden in somebody else's turn.
 """
 
 import argparse
@@ -186,9 +186,9 @@ def render(data: dict[str, Any]) -> str:
     steps = len(last["steps"])
     return (
         f"{data['method']}, {data['model']}; update_every {data['update_every']}, latency "
-        f"{data['latency']}; torch {data['torch']}; {steps} steps each. x: times the mean step without any refresh, and times its CPU seconds of the "
-        "trainer's thread.\n"
-        f"\n{table(head, cells)}\n\nasync: {verdicts}."
+        f"{data['latency']}; torch {data['torch']}; {steps} steps each. x: times the mean step "
+        f"without any refresh, and times its CPU seconds of the trainer's thread.\n\n"
+        f"{table(head, cells)}\n\nasync: {verdicts}."
     )
 
 
@@ -217,12 +217,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--method", choices=["shampoo", "soap"], default="shampoo")
-    parser.add_argument("--width", type=int, default=384)
+    parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--depth", type=int, default=4)
-    parser.add_argument("--batch", type=int, default=1024)
-    parser.add_argument("--every", type=int, default=20, help="update_every (20)")
-    parser.add_argument("--latency", type=int, default=10, help="of async (10)")
-    parser.add_argument("--rounds", type=int, default=12, help="turns of two periods each (12)")
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--every", type=int, default=8, help="update_every (8)")
+    parser.add_argument("--latency", type=int, default=4, help="of async (4)")
+    parser.add_argument("--rounds", type=int, default=30, help="turns of two periods each (30)")
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write everything as JSON")
     parser.add_argument("--page", type=Path, metavar="PATH", help="replace the results in a page")
     parser.add_argument("--plot", type=Path, metavar="PATH", help="draw step times as a PNG")

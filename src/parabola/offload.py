@@ -125,6 +125,8 @@ def _hand_out(method: Method, bucket: Bucket, options: Options, stats: Stats, wa
         rows = due(bucket, column, options, ahead=wait)
         if rows is None:
             rows = torch.arange(bucket.n, device="cpu")
+        if not len(rows):
+            continue
         idle = bucket.pending[rows, column] == 0
         stats["skipped_refreshes"] += int((~idle).sum())
         rows = rows[idle]
