@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Parabola: scalable second-order optimizers for PyTorch on one engine."""
 
-from parabola import curvature, linalg, recipes
+from parabola import curvature, host, linalg, recipes
 from parabola.methods import SOAP, Diagonal, Ginger, Jorge, Shampoo, SONew, Sophia
 from parabola.plan import plan
 
@@ -17,6 +17,7 @@ __all__ = [
     "Sophia",
     "__version__",
     "curvature",
+    "host",
     "linalg",
     "plan",
     "recipes",
