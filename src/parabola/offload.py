@@ -90,7 +90,7 @@ class Luggage:
 
 def solve(method: Method, job: Job, luggage: Luggage, i: int, dtype: torch.dtype) -> Solved:
     """Compute one row of a job, on whatever thread."""
-    with in_float64():
+    with in_float64(dtype):
         state = luggage.unpacked(i, method.symmetric(job.factor))
         found = method.refresh(state, job.factor, job.block, job.options)
     # A basis that still fits is not among the results: it is its own successor.
