@@ -99,19 +99,17 @@ def test_rounding_is_that_of_the_dtype_the_numbers_came_from():
     assert rounding(matrix) == torch.finfo(torch.float64).eps
 
 
-def test_a_host_thread_does_not_take_fast_products_away_from_the_trainer(monkeypatch):
-    mkldnn = torch.backends.mkldnn.matmul
-    monkeypatch.setattr(mkldnn, "fp32_precision", "bf16")
+def test_a_host_thread_does_not_take_fast_products_away_from_the_trainer(low_precision):
     inside = []
 
     def worker():
-        with in_float64(torch.float64), full_precision():
-            inside.append(mkldnn.fp32_precision)
+        with in_float64(torch.float32), full_precision():
+            inside.append(low_precision())
 
     thread = threading.Thread(target=worker)
     thread.start()
     thread.join()
-    assert inside == ["bf16"]
+    assert inside == [["tf32", "bf16"]]
     with full_precision():
-        assert mkldnn.fp32_precision == "ieee"
-    assert mkldnn.fp32_precision == "bf16"
+        assert low_precision() == ["ieee", "ieee"]
+    assert low_precision() == ["tf32", "bf16"]
