@@ -196,6 +196,21 @@ def test_single_precision_gets_its_roots_in_double():
     torch.testing.assert_close(root.double(), loop.roots[0, 0], rtol=1e-6, atol=0)
 
 
+def test_columns_of_a_null_space_stay_where_they_are():
+    """The noise in the null space of a float32 statistic is float32's, also in float64."""
+    (p,) = make_params(((16, 16),), torch.float32)
+    optimizer = SOAP([p], refresh="async", latency=0, update_every=2, start_step=4)
+    left, last, angles = torch.randn(16, 3), None, []
+    for _ in range(24):
+        p.grad = left @ torch.randn(3, 16)
+        optimizer.step()
+        basis = optimizer.state[p]["b0/left_basis"].clone()
+        if last is not None and not torch.equal(basis, last):
+            angles.append((last * basis).sum(0)[3:].min())
+        last = basis
+    assert min(angles[2:]) > 0.99
+
+
 def test_a_late_result_is_waited_for_and_the_wait_is_counted(delayed):
     host.configure(workers=1)
     delayed(0.02)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Host threads that die, hang or find bad numbers: the old root stays, training goes on."""
 
+import gc
 import math
 import os
 import subprocess
@@ -148,9 +149,37 @@ def test_an_error_of_the_method_is_raised_where_its_result_was_to_be_used(monkey
         raise KeyError("no such factor")
 
     optimizer, params = started(Shampoo, 4)
-    monkeypatch.setattr(ShampooMethod, "refresh", broken)
-    with pytest.raises(KeyError, match="no such factor"):
-        train(optimizer, params, range(4, 8))
+    plain = ShampooMethod.refresh
+    with monkeypatch.context() as patch:
+        patch.setattr(ShampooMethod, "refresh", broken)
+        with pytest.raises(KeyError, match="no such factor"):
+            train(optimizer, params, range(4, 8))
+        host.Ticket(int, 10**6).result()  # after all the broken ones
+    assert ShampooMethod.refresh is plain
+    for step in range(8, 24):  # every factor that was under way says it once
+        try:
+            train(optimizer, params, range(step, step + 1))
+        except KeyError:
+            assert step < 20
+    assert optimizer.metrics()["age_max"] <= 2
+
+
+def test_the_jobs_of_an_optimizer_that_is_gone_are_dropped(monkeypatch):
+    gate, plain, runs = threading.Event(), ShampooMethod.refresh, []
+
+    def counted(self, *args):
+        gate.wait()
+        runs.append(1)
+        return plain(self, *args)
+
+    monkeypatch.setattr(ShampooMethod, "refresh", counted)
+    optimizer, params = started(Shampoo, 1, start_step=0)
+    assert optimizer.metrics()["jobs_in_flight"] == 6
+    del optimizer, params
+    gc.collect()
+    gate.set()
+    host.Ticket(int, 10**6).result()  # after all of them
+    assert len(runs) <= 1  # the one that was at work
 
 
 def script(code):

@@ -6,6 +6,7 @@ that n blocks cost one batched call. ``optimizer.state[p]`` holds views of these
 keys such as ``"b0/left"``. A bucket of vectors, or of chains, is one *run* of all their elements.
 """
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -80,7 +81,7 @@ class Bucket:
     settled: bool = False
     scratch: Tensor | None = None
     tickets: dict[tuple[int, int], Held] = field(default_factory=dict)
-    times: list[tuple[float, float]] | None = None
+    times: deque[tuple[float, float]] | None = None
     memo: dict[Any, Any] = field(default_factory=dict)
     shards: "Shards | None" = None
     _vectors: dict[str, list[Tensor]] = field(default_factory=dict)

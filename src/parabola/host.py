@@ -297,8 +297,8 @@ def configure(
 ) -> None:
     """Set up the threads on which ``refresh="async"`` works, for all optimizers of this process.
 
-    May be called at any time; jobs go on. No result depends on these settings, except that a job
-    which times out has failed.
+    May be called at any time; jobs go on. Results depend on ``threads`` alone, by rounding, and on
+    ``timeout`` where a job has failed by it.
 
     Args:
         workers: Threads; None for as many as there are cores beside those of the trainer, by

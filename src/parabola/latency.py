@@ -10,6 +10,7 @@ happens follows from the keywords alone, so that all processes of a job agree on
 
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable
 from math import ceil
 from statistics import median
@@ -17,6 +18,9 @@ from typing import Any
 
 from parabola import host
 from parabola.faults import Stats
+
+MOST_JOBS = 1 << 16
+"""Jobs whose times are kept."""
 
 COVERED = 0.95
 """Share of the jobs that come back in time, going by those that were timed."""
@@ -26,11 +30,11 @@ class Warmup:
     """What has been measured for one parameter group.
 
     Attributes:
-        jobs: Seconds from hand-in to result, and of work, of every job that came back.
+        jobs: Seconds from hand-in to result, and of work, of the last jobs that came back.
     """
 
     def __init__(self) -> None:
-        self.jobs: list[tuple[float, float]] = []
+        self.jobs: deque[tuple[float, float]] = deque(maxlen=MOST_JOBS)
         self._count = 0
         self._steps: list[float] = []
         self._last = (0.0, 0.0)

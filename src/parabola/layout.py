@@ -265,7 +265,7 @@ class Layout:
             self._drop(previous)
             self._inherit(previous)
         for bucket in self.buckets:
-            bucket.times = self.warmup.jobs if group.get("latency") == "auto" else None
+            bucket.times = self.warmup.jobs
         self._own = [state[p] for p in self.params]
 
     def _adopt(self, state: MutableMapping[Tensor, Any], kept: Sequence[str]) -> None:

@@ -22,6 +22,7 @@ adopted; `land` writes them to the back buffers, which is all that a checkpoint 
 
 import time
 from collections.abc import Iterable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -89,7 +90,7 @@ class Luggage:
 
 def solve(method: Method, job: Job, luggage: Luggage, i: int, dtype: torch.dtype) -> Solved:
     """Compute one row of a job, on whatever thread."""
-    with in_float64():
+    with in_float64(dtype):
         state = luggage.unpacked(i, method.symmetric(job.factor))
         found = method.refresh(state, job.factor, job.block, job.options)
     # A basis that still fits is not among the results: it is its own successor.
@@ -125,6 +126,8 @@ def _hand_out(method: Method, bucket: Bucket, options: Options, stats: Stats, wa
         rows = due(bucket, column, options, ahead=wait)
         if rows is None:
             rows = torch.arange(bucket.n, device="cpu")
+        if not len(rows):
+            continue
         idle = bucket.pending[rows, column] == 0
         stats["skipped_refreshes"] += int((~idle).sum())
         rows = rows[idle]
@@ -141,10 +144,8 @@ def _hand_out(method: Method, bucket: Bucket, options: Options, stats: Stats, wa
         stamps = torch.as_tensor(bucket.t, dtype=torch.int32, device="cpu").expand(bucket.n)[rows]
         job = Job(factor, column, rows, {}, block, dict(options))
         for i, (row, stamp) in enumerate(zip(rows.tolist(), stamps.tolist(), strict=True)):
-
-            def work(job: Job = job, luggage: Luggage = luggage, i: int = i) -> Solved:
-                return solve(method, job, luggage, i, bucket.dtype)
-
+            # Nothing that leads back to the bucket: with it, its jobs go.
+            work = partial(solve, method, job, luggage, i, bucket.dtype)
             bucket.tickets[row, column] = Held(stamp, host.Ticket(work, stamp + wait))
         bucket.pending[rows, column] = stamps
 
@@ -198,7 +199,12 @@ def _take(
     for row in rows:
         held = _held(bucket, row, column)
         sign = int(bucket.pending[row, column])
-        solved = _solved(held, stats) if held else None
+        try:
+            solved = _solved(held, stats) if held else None
+        except Exception:  # the next turn tries again
+            bucket.pending[row, column] = 0
+            del bucket.tickets[row, column]
+            raise
         own = solved.tensors if solved else {}
         for name in names:
             buffer = bucket.state[name + NEXT][row : row + 1]

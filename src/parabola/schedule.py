@@ -66,6 +66,9 @@ def due(bucket: Bucket, column: int, options: Options, ahead: int = 0) -> Tensor
         since < earliest or (inline and bucket.settled and since % every != 0)
     ):
         return torch.empty(0, dtype=torch.int64, device="cpu")
+    if isinstance(since, int) and bucket.settled and not inline:
+        rows: Tensor = _turns(bucket, column, every)[since % every]
+        return rows
     turn = (since - bucket.phase[:, column]) % every == 0
     turn &= torch.as_tensor(since >= earliest, device="cpu")
     # A row without any root yet (its offset fell before the first step) does not wait for its turn.
@@ -73,6 +76,16 @@ def due(bucket: Bucket, column: int, options: Options, ahead: int = 0) -> Tensor
     missing &= bucket.pending[:, column] == 0
     turn |= missing & torch.as_tensor(since >= 0, device="cpu")
     return None if bool(turn.all()) else turn.nonzero().flatten()
+
+
+def _turns(bucket: Bucket, column: int, every: int) -> list[Tensor]:
+    """Rows by their offset; found once, since a step that has nothing to refresh should not ask."""
+    key = "turns", column, every
+    if key not in bucket.memo:
+        phases = bucket.phase[:, column]
+        bucket.memo[key] = [(phases == k).nonzero().flatten() for k in range(every)]
+    turns: list[Tensor] = bucket.memo[key]
+    return turns
 
 
 def due_in_passing(bucket: Bucket, column: int, burst: int, options: Options) -> Tensor | None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from oracles import roots as oracle
 from parabola.linalg import full_precision, inverse_root
+from parabola.linalg.precision import in_float64, rounding
 
 
 def rotated(n: int, condition: float, seed: int) -> Tensor:
@@ -89,3 +90,26 @@ def test_threads_get_the_same_roots_as_one_thread():
     for thread in threads:
         thread.join()
     assert all(torch.equal(actual[i], expected[i]) for i in range(4))
+
+
+def test_rounding_is_that_of_the_dtype_the_numbers_came_from():
+    matrix = torch.eye(2).double()
+    with in_float64(torch.float32):
+        assert rounding(matrix) == torch.finfo(torch.float32).eps
+    assert rounding(matrix) == torch.finfo(torch.float64).eps
+
+
+def test_a_host_thread_does_not_take_fast_products_away_from_the_trainer(low_precision):
+    inside = []
+
+    def worker():
+        with in_float64(torch.float32), full_precision():
+            inside.append(low_precision())
+
+    thread = threading.Thread(target=worker)
+    thread.start()
+    thread.join()
+    assert inside == [["tf32", "bf16"]]
+    with full_precision():
+        assert low_precision() == ["ieee", "ieee"]
+    assert low_precision() == ["tf32", "bf16"]

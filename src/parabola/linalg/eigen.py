@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from parabola.linalg.newton import check_matrix, normalize
-from parabola.linalg.precision import full_precision
+from parabola.linalg.precision import full_precision, rounding
 
 # Eigenvalues below this many units of rounding, relative to the trace, are noise: a float32
 # average of g g^T has no better ones.
@@ -108,7 +108,7 @@ def track(matrix: Tensor, basis: Tensor) -> Eigenbasis:
         flat = _Scaled(*normalize(matrix.reshape(given.shape)))
         product = torch.bmm(flat.matrix, old)
         trace = flat.matrix.diagonal(dim1=1, dim2=2).sum(1, keepdim=True)
-        noise = _NOISE_UNITS * torch.finfo(matrix.dtype).eps * trace
+        noise = _NOISE_UNITS * rounding(matrix) * trace
         # Below the noise the order means nothing, and columns should not change places for it.
         quotients = torch.maximum((old * product).sum(1), noise)
         order = quotients.argsort(dim=1, descending=True, stable=True)[:, None, :].expand_as(old)

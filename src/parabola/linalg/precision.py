@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from types import TracebackType
 
 import torch
+from torch import Tensor
 
 # "none" means that nobody asked for less: torch then multiplies float32 matrices in float32.
 _FULL = frozenset({"none", "ieee"})
@@ -25,10 +26,10 @@ class _FullPrecision:
         self._lock = threading.Lock()
         self._users = 0
         self._saved: tuple[str, str] | None = None
-        self.exempt = threading.local()
+        self.local = threading.local()
 
     def __enter__(self) -> None:
-        if getattr(self.exempt, "float64", False):
+        if getattr(self.local, "source", None):
             return
         with self._lock:
             self._users += 1
@@ -45,7 +46,7 @@ class _FullPrecision:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if getattr(self.exempt, "float64", False):
+        if getattr(self.local, "source", None):
             return
         with self._lock:
             self._users -= 1
@@ -73,14 +74,21 @@ def full_precision() -> _FullPrecision:
 
 
 @contextmanager
-def in_float64() -> Iterator[None]:
-    """Region of a thread that multiplies in float64 only, where the flags have no say.
+def in_float64(source: torch.dtype) -> Iterator[None]:
+    """Region of a thread that computes in float64 only, on numbers that came in another dtype.
 
-    `full_precision` leaves them alone there: a host thread at work on roots must not slow down the
-    products of a trainer that asked for less.
+    The flags have no say there, and `full_precision` leaves them alone: a host thread at work on
+    roots must not slow down the products of a trainer that asked for less. `rounding` knows where
+    the numbers came from.
     """
-    _guard.exempt.float64 = True
+    _guard.local.source = source
     try:
         yield
     finally:
-        _guard.exempt.float64 = False
+        _guard.local.source = None
+
+
+def rounding(matrix: Tensor) -> float:
+    """Relative rounding of the entries: that of the dtype in which they were summed up."""
+    source = getattr(_guard.local, "source", None) or matrix.dtype
+    return float(torch.finfo(source).eps)
