@@ -98,8 +98,9 @@ class SecondOrder(Optimizer):
                     loss = closure()
             intakes = [self._intake(i, group) for i, group in enumerate(self.param_groups)]
         verdicts = exchange.open(intakes, self._feed.vectors)
-        work, failures = list(self._work(verdicts)), self.stats["root_failures"]
+        failures = self.stats["root_failures"]
         with exchange.telling(len(self._feed.vectors)):
+            work = list(self._work(verdicts))
             clock = self._clock() if any(map(self.method.fed, self.param_groups)) else 0
             for index, layout in work:
                 self._step_group(index, layout, verdicts[index], clock)
@@ -284,6 +285,7 @@ class SecondOrder(Optimizer):
     @property
     def wants_curvature(self) -> bool:
         """True when the coming step takes in what `curvature` was given: every ``update_every``."""
+        self._connected()
         clock = self._clock()
         return any(
             self.method.fed(group)

@@ -10,7 +10,7 @@ from parabola.geometry import is_sharded
 
 
 def consolidate(
-    state_dict: dict[str, Any], to: int | None, ranks: dist.ProcessGroup
+    state_dict: dict[str, Any], to: int | None, ranks: "dist.ProcessGroup"
 ) -> dict[str, Any] | None:
     """Put the parts together: the pieces of DTensors, and the blocks that ranks own.
 

@@ -8,6 +8,7 @@ of it. Work of linear cost stays where its gradient is.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -53,7 +54,7 @@ class Division:
     outward: list[Transfer]
     header: int
 
-    @property
+    @cached_property
     def returns(self) -> bool:
         """Whether directions travel at all."""
         return any(t.source != t.target for t in self.outward)

@@ -39,7 +39,7 @@ class Mail:
 
     def __init__(
         self,
-        group: dist.ProcessGroup,
+        group: "dist.ProcessGroup",
         outgoing: Sequence[Sequence[Piece]],
         incoming: Sequence[Sequence[Piece]],
         header: int,

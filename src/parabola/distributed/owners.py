@@ -49,7 +49,7 @@ class Owners(Local):
         self,
         method: Method,
         groups: Sequence[Mapping[str, Any]],
-        ranks: dist.ProcessGroup,
+        ranks: "dist.ProcessGroup",
         previous: object = None,
     ) -> None:
         super().__init__()

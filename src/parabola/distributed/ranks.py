@@ -9,7 +9,7 @@ import torch.distributed as dist
 from parabola.geometry import is_sharded
 
 
-def ranks_of(groups: Sequence[Mapping[str, Any]]) -> dist.ProcessGroup | None:
+def ranks_of(groups: Sequence[Mapping[str, Any]]) -> "dist.ProcessGroup | None":
     """The process group behind some parameter groups, or None where a process works alone.
 
     The ranks of the parameters' device meshes; of plain parameters the default process group, in

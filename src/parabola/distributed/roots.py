@@ -36,7 +36,7 @@ class Roots(Owners):
         self,
         method: Method,
         groups: Sequence[Mapping[str, Any]],
-        ranks: dist.ProcessGroup,
+        ranks: "dist.ProcessGroup",
         previous: object = None,
     ) -> None:
         if any(group.get("refresh") == "async" for group in groups):

@@ -16,7 +16,7 @@ OWN = ("params", "param_names", "lr", "initial_lr", "max_lr", "min_lr")
 
 
 def survey(
-    groups: Sequence[Mapping[str, Any]], rosters: Sequence[Roster], ranks: dist.ProcessGroup
+    groups: Sequence[Mapping[str, Any]], rosters: Sequence[Roster], ranks: "dist.ProcessGroup"
 ) -> Held:
     """Gather what every rank holds of every parameter.
 
