@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 
 from oracles.blocks import blocks_of
 from parabola import Shampoo
-from parabola.blocks import Bucket, build
+from parabola.blocks import Bucket, fill, sort
 from parabola.method import Entry
-from parabola.routing import route
+from parabola.routing import Route, route
+from parabola.tiles import Share
 
 policy = st.sampled_from(["auto", "block", "full", "skip"])
 cuts = st.fixed_dictionaries(
@@ -48,7 +49,14 @@ def routed(params, options):
 
 def bucketed(params, options) -> list[Bucket]:
     entries = lambda block: {"copy": Entry(block.shape)}  # noqa: E731
-    return build(params, routed(params, options), entries, lambda block: {}, lambda block: ())
+    tiles = routed(params, options)
+    shares = []
+    for slot, (p, own) in enumerate(zip(params, tiles, strict=True)):
+        shares += [Share(slot, p, tile, first) for tile, first in Route(own, "").placed]
+    buckets = sort(shares, lambda block: {})
+    for bucket in buckets:
+        fill(bucket, entries, lambda block: ())
+    return buckets
 
 
 @given(shapes, cuts)

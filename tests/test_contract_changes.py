@@ -111,15 +111,19 @@ def test_a_band_that_was_narrowed_forgets_what_was_beyond():
 
 
 @every_engine_method
-def test_distributed_tensors_are_refused_in_words(method, tmp_path):
+def test_distributed_tensors_of_one_rank_are_stepped_as_plain_ones(method, tmp_path):
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
     )
     try:
         mesh = init_device_mesh("cpu", (1,))
-        p = torch.nn.Parameter(distribute_tensor(torch.ones(4, 4), mesh))
-        with pytest.raises(ValueError, match="DTensor"):
-            method([p])
+        start, g = torch.randn(4, 4, dtype=torch.float64), torch.randn(4, 4, dtype=torch.float64)
+        plain = torch.nn.Parameter(start.clone())
+        placed = torch.nn.Parameter(distribute_tensor(start.clone(), mesh))
+        plain.grad, placed.grad = g.clone(), distribute_tensor(g.clone(), mesh)
+        for p in (plain, placed):
+            method([p], lr=0.1).step()
+        assert torch.equal(placed.full_tensor(), plain)
     finally:
         torch.distributed.destroy_process_group()
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Parabola: scalable second-order optimizers for PyTorch on one engine."""
 
-from parabola import curvature, host, linalg, recipes
+from parabola import checkpoint, curvature, host, linalg, recipes
 from parabola.methods import SOAP, Diagonal, Ginger, Jorge, Shampoo, SONew, Sophia
 from parabola.plan import plan
 
@@ -16,6 +16,7 @@ __all__ = [
     "Shampoo",
     "Sophia",
     "__version__",
+    "checkpoint",
     "curvature",
     "host",
     "linalg",

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from parabola.host import Ticket
 from parabola.method import Block, Entry, State
-from parabola.tiles import Member, Tile
+from parabola.tiles import Member, Share
 
 WINDOW = 1 << 22
 """Elements up to which a bucket keeps a scratch stack with ready-made views."""
@@ -333,43 +333,45 @@ def new_state(
     return torch.zeros(n, *entry.shape, dtype=dtype, device=device)
 
 
-def build(
-    params: Sequence[Tensor],
-    tiles: Sequence[Sequence[Tile]],
-    entries: Callable[[Block], dict[str, Entry]],
-    factors: Callable[[Block], dict[str, float]],
-    numbers: Callable[[Block], Sequence[str]],
-) -> list[Bucket]:
-    """Sort the tiles of all parameters into buckets with fresh state.
+def sort(shares: Sequence[Share], factors: Callable[[Block], dict[str, float]]) -> list[Bucket]:
+    """Sort shares, of all processes, into buckets that have no state yet.
 
     Args:
-        params: The parameters of one group.
-        tiles: The tiles of each.
-        entries: State entries of a block.
+        shares: The tiles of all parameters of a group.
         factors: Names and costs of the factors of a block.
-        numbers: Names of what is kept once a block, or once a parameter of a run.
 
     Returns:
         Buckets in the order in which their first tile appears.
     """
-    members: dict[tuple[Any, ...], list[Member]] = {}
-    for slot, (p, its_tiles) in enumerate(zip(params, tiles, strict=True)):
-        first = 0
-        for tile in its_tiles:
-            # Vectors keep apart what torch's fused kernels can take; stacks, the scope of norms.
-            kind = tile.per_part if tile.block.shape else (p.dtype, p.is_contiguous())
-            mates = members.setdefault((tile.block, state_dtype(p), p.device, kind), [])
-            mates.append(Member(slot, p, tile, first, mates[-1].end if mates else 0))
-            first += tile.rows
+    found: dict[tuple[Any, ...], list[Member]] = {}
+    for slot, p, tile, first, _, sharded in shares:
+        # Vectors keep apart what torch's fused kernels can take; stacks, the scope of norms.
+        kind = tile.per_part if tile.block.shape else (p.dtype, p.is_contiguous(), sharded)
+        mates = found.setdefault((tile.block, state_dtype(p), p.device, kind), [])
+        mates.append(Member(slot, p, tile, first, mates[-1].end if mates else 0))
     buckets = []
-    for (block, dtype, device, _), mates in members.items():
-        n = mates[-1].end
-        state = {k: new_state(e, block, n, dtype, device) for k, e in entries(block).items()}
-        count = n if block.shape else len(mates)
-        once = {k: torch.zeros(count, dtype=dtype, device=device) for k in numbers(block)}
-        k = len(factors(block))
+    for (block, dtype, device, _), mates in found.items():
+        n, k = mates[-1].end, len(factors(block))
         host = torch.zeros(n if k else 0, k, dtype=torch.int32, device="cpu")
         unknown = torch.full(host.shape, torch.nan, dtype=torch.float64, device="cpu")
         bookkeeping = (host, host.clone(), host.to(torch.int64), host.clone(), unknown)
-        buckets.append(Bucket(mates, block, dtype, device, state, once, *bookkeeping))
+        buckets.append(Bucket(mates, block, dtype, device, {}, {}, *bookkeeping))
     return buckets
+
+
+def fill(
+    bucket: Bucket,
+    entries: Callable[[Block], dict[str, Entry]],
+    numbers: Callable[[Block], Sequence[str]],
+) -> None:
+    """Give a bucket its fresh state.
+
+    Args:
+        bucket: One without.
+        entries: State entries of a block.
+        numbers: Names of what is kept once a block, or once a parameter of a run.
+    """
+    block, n, dtype, device = bucket.block, bucket.n, bucket.dtype, bucket.device
+    bucket.state = {k: new_state(e, block, n, dtype, device) for k, e in entries(block).items()}
+    count = n if block.shape else len(bucket.members)
+    bucket.numbers = {k: torch.zeros(count, dtype=dtype, device=device) for k in numbers(block)}

@@ -27,6 +27,7 @@ def new_stats() -> Stats:
     """Counters, all zero: plain numbers for any logger."""
     return {
         "steps": 0,
+        "bytes_sent": 0,
         "skipped_steps": 0,
         "nonfinite_gradients": 0,
         "refreshes": 0,
@@ -74,12 +75,23 @@ def all_finite(grads: Sequence[Tensor]) -> bool:
     return bool(torch.isfinite(total)) or all(bool(torch.isfinite(g).all()) for g in grads)
 
 
-def on_nonfinite(stats: Stats, grads: Grads, names: Sequence[str], policy: str) -> None:
-    """Count a skipped group, warn the first time, or raise RuntimeError with ``policy="raise"``."""
+def on_nonfinite(
+    stats: Stats, grads: Grads, names: Sequence[str], policy: str, ranks: Sequence[int]
+) -> None:
+    """Count a skipped group, warn the first time, or raise RuntimeError with ``policy="raise"``.
+
+    Args:
+        stats: The counters.
+        grads: What lies here of the gradients.
+        names: Names of their parameters.
+        policy: The keyword ``nonfinite``.
+        ranks: Where it was seen; the names are known there only.
+    """
     named = zip(grads, names, strict=True)
     bad = [name for g, name in named if g is not None and not bool(torch.isfinite(g).all())]
     shown = ", ".join(bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
-    text = f"non-finite gradient in {shown}"
+    place = shown or f"a parameter, on rank {' and '.join(map(str, ranks))}"
+    text = f"non-finite gradient in {place}"
     if policy == "raise":
         raise RuntimeError(f"{text}; nothing was changed (nonfinite='raise')")
     first = stats["skipped_steps"] == 0

@@ -6,31 +6,43 @@ fits: after a load, a new keyword value that shapes the state, a state tensor th
 a parameter of another dtype, device or memory format.
 """
 
-from collections import Counter
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import replace
+from math import prod
 from operator import is_
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from parabola import blocks, grafting
-from parabola.blocks import Bucket
+from parabola.blocks import Bucket, state_dtype
 from parabola.faults import Stats
+from parabola.geometry import is_sharded, local, take, wrapped
 from parabola.latency import Warmup
 from parabola.method import GRADIENT, Block, ChainMethod, Entry, Method, Options, SpanMethod
 from parabola.offload import NEXT, land
 from parabola.options import frozen
+from parabola.recompute import absent, recompute
 from parabola.routing import STRUCTURAL, Route, chain, elements, route, spanned
 from parabola.schedule import assign_phases
+from parabola.tiles import Share, Tile
 
 STEP_BYTES = 4
 """Bytes of ``step`` a parameter."""
 
+BLOCK = re.compile(r"b(\d+)/")
+"""How the keys of a block begin."""
+
+
+HOST, PENDING = ("refreshed", "failures"), "pending"
+"""Bookkeeping of every block, kept on the host: ``(factors,)`` int32 each."""
+
 
 def bookkeeping(group: Mapping[str, Any]) -> tuple[str, ...]:
-    """Bookkeeping of every block, kept on the host: ``(factors,)`` int32 each."""
-    return ("refreshed", "failures", *(("pending",) if group.get("refresh") == "async" else ()))
+    """What of it a group has."""
+    return (*HOST, PENDING) if group.get("refresh") == "async" else HOST
 
 
 def names_of(group: Mapping[str, Any]) -> list[str]:
@@ -115,6 +127,64 @@ def kind(p: Tensor) -> tuple[Any, ...]:
     return p.dtype, p.device, tuple(p.shape), p.is_contiguous()
 
 
+def row_bytes(method: Method, block: Block, group: Options, p: Tensor) -> int:
+    """Bytes of state of one block of a parameter; of what is kept once, see `once_bytes`."""
+    found = (
+        (entry.dtype or state_dtype(p)).itemsize * prod(entry.shape)
+        for entry in entries(method, block, group).values()
+    )
+    return sum(found) + 4 * len(bookkeeping(group)) * len(factors(method, block, group))
+
+
+def tile_bytes(method: Method, tile: Tile, group: Options, p: Tensor) -> int:
+    """Bytes of state of a tile."""
+    once = tile.rows if tile.block.shape else 1
+    per_number = state_dtype(p).itemsize * len(numbers(method, tile.block, group))
+    return tile.rows * row_bytes(method, tile.block, group, p) + once * per_number
+
+
+class Roster(NamedTuple):
+    """The parameters of a group that get state: they require a gradient, or have one."""
+
+    params: list[Tensor]
+    names: list[str]
+    routes: list[Route]
+
+
+def roster(method: Method, group: Mapping[str, Any]) -> Roster:
+    """Who takes part, in group order."""
+    named = zip(group["params"], names_of(group), routes_of(method, group), strict=True)
+    kept = [row for row in named if wanted(row[0])]
+    return Roster(*map(list, zip(*kept, strict=True))) if kept else Roster([], [], [])
+
+
+def local_share(slot: int, p: Tensor, tile: Tile, first: int) -> Share:
+    """A tile as it lies here.
+
+    Raises:
+        ValueError: it has blocks, and only a piece of them is here.
+    """
+    here = local(p)
+    if here.shape == p.shape:
+        return Share(slot, here, tile, first)
+    if tile.block.shape:
+        raise ValueError(
+            f"a parameter of shape {tuple(p.shape)} is a DTensor with placements "
+            f"{getattr(p, 'placements', None)}, of which this process holds a piece; allowed for "
+            "distributed there: 'auto' or 'owners'"
+        )
+    return Share(slot, here, replace(tile, merged=(here.numel(),)), first, sharded=True)
+
+
+def own_shares(found: Roster) -> list[Share]:
+    """Everything, in this process."""
+    return [
+        local_share(slot, p, tile, first)
+        for slot, (p, route) in enumerate(zip(found.params, found.routes, strict=True))
+        for tile, first in route.placed
+    ]
+
+
 class Layout:
     """Buckets of one parameter group.
 
@@ -122,44 +192,57 @@ class Layout:
         params: Parameters that require a gradient (or have one), in group order.
         names: Their names.
         steps: ``(params,)`` float32 on the host: how often each was stepped.
-        buckets: Where their state lives.
+        buckets: Where the state lives of what this process steps.
     """
 
     def __init__(
         self,
         method: Method,
+        index: int,
         group: Mapping[str, Any],
         state: MutableMapping[Tensor, Any],
+        shares: Callable[[int, Roster], list[Share]],
         previous: "Layout | None" = None,
     ) -> None:
         self._method = method
         self._signature = signature(method, group)
-        self._informed = False
+        self._informed: bool | None = None
+        self._shares = shares
         self._params = list(group["params"])
         self._owners: list[dict[str, Any]] = []
         self._keys: list[str] = []
         self._views: list[Tensor] = []
-        named = zip(group["params"], names_of(group), routes_of(method, group), strict=True)
-        kept = [x for x in named if wanted(x[0])]
+        found = roster(method, group)
         self._idle = [p for p in group["params"] if not wanted(p)]
-        self.params = [p for p, _, _ in kept]
-        self.names = [name for _, name, _ in kept]
-        self._kinds = [kind(p) for p in self.params]
-        self._pointers = [p.data_ptr() for p in self.params]
-        self.steps = torch.zeros(len(kept), dtype=torch.float32, device="cpu")
-        self.buckets = blocks.build(
-            self.params,
-            [r.tiles for _, _, r in kept],
-            lambda block: entries(method, block, group),
-            lambda block: factors(method, block, group),
-            lambda block: numbers(method, block, group),
-        )
+        self.params, self.names, routes = found
+        self._blocks = [route.blocks for route in routes]
+        self._kinds = list(map(kind, self.params))
+        self._pointers = self._addresses()
+        self.steps = torch.zeros(len(self.params), dtype=torch.float32, device="cpu")
+        tiles = shares(index, found)
+        everything = blocks.sort(tiles, lambda block: factors(method, block, group))
         if group.get("refresh") in ("staggered", "async"):
-            costs = [list(factors(method, b.block, group).values()) for b in self.buckets]
-            assign_phases(self.buckets, costs, group["update_every"])
+            costs = [list(factors(method, b.block, group).values()) for b in everything]
+            assign_phases(everything, costs, group["update_every"])
+        mine = {(share.slot, share.first) for share in tiles if share.mine}
+        self.buckets = list(_kept(everything, mine))
+        for bucket in self.buckets:
+            blocks.fill(
+                bucket,
+                lambda block: entries(method, block, group),
+                lambda block: numbers(method, block, group),
+            )
         self.warmup = Warmup()
         self.step_views = list(self.steps.unbind(0))
+        options = [options_of(method, b.block, group) for b in self.buckets]
+        both = list(zip(self.buckets, options, strict=True))
+        lost = [absent(method, bucket, self.params, state, own) for bucket, own in both]
         self._adopt(state, bookkeeping(group))
+        clock = self.steps.tolist()
+        for (bucket, its_options), rows in zip(both, lost, strict=True):
+            if any(map(len, rows.values())) and bool(bucket.refreshed.any()):
+                bucket.t = _rows_clock([clock[slot] for slot in bucket.slots], bucket.splits)
+                recompute(method, bucket, rows, its_options)
         if previous is not None:
             self._drop(previous)
             self._inherit(previous)
@@ -176,29 +259,26 @@ class Layout:
             if len(bucket.refreshed):
                 tensors |= {name: getattr(bucket, name) for name in kept}
             for member in bucket.members:
-                name = self.names[member.slot]
+                p, name = self.params[member.slot], self.names[member.slot]
                 for entry, tensor in tensors.items():
                     views = member.views(tensor)
+                    if not bucket.block.shape:
+                        views = [wrapped(view, p) for view in views]
                     for key, view in zip(member.keys(entry), views, strict=True):
-                        self._claim(state[member.param], key, view, name)
+                        self._claim(state[p], key, view, name)
             for entry, tensor in bucket.numbers.items():
                 numbers = tensor.unbind(0)
                 for i, member in enumerate(bucket.members):
+                    p, name = self.params[member.slot], self.names[member.slot]
                     rows = (member.start, member.end) if bucket.block.shape else (i, i + 1)
                     for key, view in zip(member.keys(entry), numbers[slice(*rows)], strict=True):
-                        self._claim(state[member.param], key, view, self.names[member.slot])
-        blocks_of = Counter[int]()
+                        self._claim(state[p], key, view, name)
+        mine: list[set[int]] = [set() for _ in self.params]
         for bucket in self.buckets:
-            for member in bucket.members if bucket.block.shape else ():
-                blocks_of[member.slot] += member.tile.rows
-        for slot, count in blocks_of.items():
-            for key, old in state[self.params[slot]].items():
-                if key.startswith(f"b{count}/"):
-                    raise ValueError(
-                        f"state {key!r} of {self.names[slot]} has shape {tuple(old.shape)}, "
-                        f"expected {count} blocks: to go on with another shape, clear the "
-                        "parameter's state"
-                    )
+            for m in bucket.members if bucket.block.shape else ():
+                mine[m.slot].update(range(m.first, m.first + m.tile.rows))
+        for p, name, count, own in zip(self.params, self.names, self._blocks, mine, strict=True):
+            self._drop_foreign(state[p], name, count, own)
 
     def _drop(self, previous: "Layout") -> None:
         """Remove entries that the layout before this one kept and that have no use any more.
@@ -218,7 +298,7 @@ class Layout:
         """
         self.warmup = previous.warmup
         places = {
-            (id(member.param), member.first + i): (bucket, member.start + i)
+            (id(self.params[member.slot]), member.first + i): (bucket, member.start + i)
             for bucket in self.buckets
             for member in bucket.members
             for i in range(member.tile.rows if len(bucket.refreshed) else 0)
@@ -226,7 +306,8 @@ class Layout:
         for old in previous.buckets:
             for member in old.members if old.tickets else ():
                 for i in range(member.tile.rows):
-                    bucket, row = places.get((id(member.param), member.first + i), (None, 0))
+                    place = (id(previous.params[member.slot]), member.first + i)
+                    bucket, row = places.get(place, (None, 0))
                     for column in range(old.pending.shape[1]):
                         held = old.tickets.get((member.start + i, column))
                         if bucket is not None and held is not None:
@@ -234,12 +315,13 @@ class Layout:
 
     def _claim(self, own: dict[str, Any], key: str, view: Tensor, name: str) -> None:
         old = own.get(key)
-        if old is None and key.endswith("exp_avg_sq") and float(own.get("step", 0)) > 0:
+        if old is None and float(own.get("step", 0)) > 0 and _needed(own, key):
             raise ValueError(
                 f"state {key!r} of {name} is missing after {int(own['step'])} steps: keywords that "
-                "decide whether second moments are the graft's (graft, and of Diagonal curvature, "
-                "power, clip and bias_correction) must be those under which it was made; to go on "
-                "with other ones, clear the parameter's state"
+                "decide what is kept (graft, and of Diagonal curvature, power, clip and "
+                "bias_correction) must be those under which the state was made; of several "
+                "processes each saves its own part only, opt.consolidate() all of it; to go on "
+                "anew, clear the parameter's state"
             )
         if old is not None:
             old = torch.as_tensor(old)  # old checkpoints of torch.optim count steps in numbers
@@ -250,16 +332,37 @@ class Layout:
                     f"it was made ({', '.join((*STRUCTURAL, *self._method.structural))}); to go on "
                     "with other ones, clear the parameter's state"
                 )
-            view.copy_(old)
+            take(view, old)
         own[key] = view
         self._owners.append(own)
         self._keys.append(key)
         self._views.append(view)
 
-    def fits(self, group: Mapping[str, Any], state: MutableMapping[Tensor, Any]) -> bool:
+    def _drop_foreign(self, own: dict[str, Any], name: str, count: int, mine: set[int]) -> None:
+        """Remove blocks that others own, as a complete state has them."""
+        for key in [key for key in own if isinstance(key, str)]:
+            found = BLOCK.match(key)
+            if found is None:
+                continue
+            if int(found[1]) >= count:
+                raise ValueError(
+                    f"state {key!r} of {name} has shape {tuple(own[key].shape)}, "
+                    f"expected {count} blocks: to go on with another shape, clear the "
+                    "parameter's state"
+                )
+            if int(found[1]) not in mine:
+                del own[key]
+
+    def fits(
+        self,
+        group: Mapping[str, Any],
+        state: MutableMapping[Tensor, Any],
+        shares: Callable[[int, Roster], list[Share]],
+    ) -> bool:
         """False when the buckets must be built anew."""
         return (
-            len(self._params) == len(group["params"])
+            self._shares == shares
+            and len(self._params) == len(group["params"])
             and all(map(is_, self._params, group["params"]))
             and self._signature == signature(self._method, group)
             and all(p.grad is None for p in self._idle)
@@ -270,12 +373,16 @@ class Layout:
 
     def _unmoved(self) -> bool:
         """Whether every parameter lies where it lay, or looks as it did in its new place."""
-        pointers = list(map(Tensor.data_ptr, self.params))
+        pointers = self._addresses()
         if pointers != self._pointers:
-            if [kind(p) for p in self.params] != self._kinds:
+            # The piece of a DTensor is a tensor of its own: a new place means another tensor.
+            if any(map(is_sharded, self.params)) or list(map(kind, self.params)) != self._kinds:
                 return False
             self._pointers = pointers
         return True
+
+    def _addresses(self) -> list[int]:
+        return [local(p).data_ptr() for p in self.params]
 
     def land(self, group: Mapping[str, Any], stats: Stats) -> None:
         """Bring the results of all jobs in flight into the state, waiting for them."""
@@ -286,53 +393,68 @@ class Layout:
     @property
     def informed(self) -> bool:
         """Whether curvature has come in where some is wanted. Asks an accelerator until it has."""
-        if not self._informed:
+        if self._informed is None:
             weights = [b.numbers["weight"] for b in self.buckets if "weight" in b.numbers]
-            self._informed = not weights or any(bool((w > 0).any()) for w in weights)
+            return not weights or any(bool((w > 0).any()) for w in weights)
         return self._informed
+
+    @informed.setter
+    def informed(self, agreed: bool) -> None:
+        self._informed = agreed
 
     @property
     def taken(self) -> int:
         """Steps taken so far, by the parameter that took most."""
         return int(self.steps.max()) if len(self.steps) else 0
 
-    def active(self, grads: Sequence[Tensor | None]) -> Iterator[tuple[Bucket, list[Tensor]]]:
-        """Step the clocks and yield ``(bucket, gradients)``, one gradient a member.
+    def active(self, has: Sequence[bool]) -> Iterator[Bucket]:
+        """Step the clocks of the parameters that have a gradient, and yield their buckets.
 
         Where some gradients of a stack are missing, a bucket of copies stands in for the members
         that have one, and is written back after the caller is done with it: the others stay
         untouched, as in torch.optim. Such a step copies the bucket's state twice. A run is cut into
         stretches instead, so that all members of one have a gradient and the same step count.
         """
-        present = [i for i, g in enumerate(grads) if g is not None]
-        complete = len(present) == len(grads)
-        if complete:
-            self.steps.add_(1)
-        else:
-            self.steps[present] += 1
+        self.steps += torch.tensor(has, dtype=torch.float32, device="cpu")
         clock = self.steps.tolist()
         for bucket in self.buckets:
-            chosen = [
-                i for i, slot in enumerate(bucket.slots) if complete or grads[slot] is not None
-            ]
+            chosen = [i for i, slot in enumerate(bucket.slots) if has[slot]]
             if not chosen:
                 continue
             if not bucket.block.shape:
                 for first, last in _stretches(chosen, [clock[s] for s in bucket.slots]):
                     run = bucket.stretch(first, last)
                     run.t = int(clock[run.slots[0]])
-                    yield run, [g for s in run.slots if (g := grads[s]) is not None]
+                    yield run
                 continue
             whole = len(chosen) == len(bucket.members)
             work = bucket if whole else bucket.subset(chosen)
             work.t = _rows_clock([clock[slot] for slot in work.slots], work.splits)
-            yield work, [g for slot in work.slots if (g := grads[slot]) is not None]
+            yield work
             if not whole:
                 bucket.restore(work, chosen)
 
     def steps_of(self, bucket: Bucket) -> list[Tensor]:
         """The step count of each member: 0-d views of `steps`."""
         return [self.step_views[slot] for slot in bucket.slots]
+
+
+def _kept(everything: Sequence[Bucket], mine: set[tuple[int, int]]) -> Iterator[Bucket]:
+    """What this process steps: buckets that are wholly its own, and parts of others."""
+    for bucket in everything:
+        chosen = [i for i, m in enumerate(bucket.members) if (m.slot, m.first) in mine]
+        if len(chosen) == len(bucket.members):
+            yield bucket
+        elif chosen:
+            yield bucket.subset(chosen)
+
+
+def _needed(own: Mapping[str, Any], key: str) -> bool:
+    """Whether training cannot go on from zeros: second moments, and whole blocks."""
+    if key.endswith("exp_avg_sq"):
+        return True
+    block = BLOCK.match(key)
+    return block is not None and not any(str(k).startswith(block[0]) for k in own)
 
 
 def _stretches(chosen: Sequence[int], ticks: Sequence[float]) -> Iterator[tuple[int, int]]:

@@ -180,6 +180,33 @@ class Method:
         """Recompute one factor from a snapshot of its inputs, ``m`` rows of the stack."""
         raise KeyError(f"{type(self).__name__} has no factor {factor!r}")
 
+    def derived(self, factor: str) -> tuple[str, ...]:
+        """What `refresh` of this factor makes of statistics alone: a checkpoint may leave it out.
+
+        Nothing, where other state is kept in coordinates that depend on it.
+        """
+        return ()
+
+    def loosen(self, state: State, block: Block, options: Options) -> State:
+        """The state of a stack in a form that other blocks can be cut from.
+
+        Args:
+            state: ``(n, ...)`` each, with the `numbers` and with ``refreshed``, ``(n, factors)``.
+            block: The geometry of the stack.
+            options: The parameter group.
+
+        Returns:
+            Under the name of a preconditioned axis its statistic, a sum over the other axes; the
+            rest of a block's shape in the parameter's own coordinates; what is kept once a block.
+            Here: all but what is `derived`.
+        """
+        derived = {key for f in self.factors(block, options) for key in self.derived(f)}
+        return {key: value for key, value in state.items() if key not in derived}
+
+    def settle(self, state: State, block: Block, options: Options) -> State:
+        """The inverse of `loosen`, for the new blocks; `derived` entries follow on their own."""
+        return state
+
     def transport(self, state: State, rows: Tensor | None, factor: str, new: State) -> State:
         """What else changes with a factor, as its new values are taken over.
 

@@ -32,9 +32,10 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from parabola import chains, faults, grafting, metrics, offload, spans
 from parabola.blocks import Bucket
 from parabola.curvature.feed import Feed, captured
-from parabola.distributed import Exchange, Local
+from parabola.distributed import Exchange, Intake, Local, Spread, Verdict, connect
+from parabola.geometry import gradient
 from parabola.kernels import Elements
-from parabola.layout import Layout, entries, options_of, routes_of
+from parabola.layout import Layout, entries, names_of, options_of, routes_of, wanted
 from parabola.linalg import full_precision
 from parabola.method import ChainMethod, Method, Options, SpanMethod
 from parabola.options import frozen, validate
@@ -90,42 +91,45 @@ class SecondOrder(Optimizer):
                 has changed then. Or a root failed under ``nonfinite="raise"``: the step is done
                 then, with the previous root.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        work, failures = list(self._work()), self.stats["root_failures"]
-        clock = self._clock() if any(map(self.method.fed, self.param_groups)) else 0
-        for group, layout, grads in work:
-            self._step_group(group, layout, grads, clock)
+        loss, exchange = None, self._connected()
+        with exchange.telling(len(self._feed.vectors)):
+            if closure is not None:
+                with torch.enable_grad():
+                    loss = closure()
+            intakes = [self._intake(i, group) for i, group in enumerate(self.param_groups)]
+        verdicts = exchange.open(intakes, self._feed.vectors)
+        work, failures = list(self._work(verdicts)), self.stats["root_failures"]
+        with exchange.telling(len(self._feed.vectors)):
+            clock = self._clock() if any(map(self.method.fed, self.param_groups)) else 0
+            for index, layout in work:
+                self._step_group(index, layout, verdicts[index], clock)
+        exchange.close()
         self.stats["steps"] += bool(work)
+        self.stats["bytes_sent"] += exchange.sent
         self._feed = Feed()
         failures = self.stats["root_failures"] - failures
-        if failures and any(group["nonfinite"] == "raise" for group, _, _ in work):
+        if failures and any(self.param_groups[i]["nonfinite"] == "raise" for i, _ in work):
             faults.raise_failed_roots(failures)
         return loss
 
-    def _step_group(
-        self,
-        group: dict[str, Any],
-        layout: Layout,
-        grads: Sequence[Tensor | None],
-        clock: int,
-    ) -> None:
+    def _step_group(self, index: int, layout: Layout, verdict: Verdict, clock: int) -> None:
         """One step of a parameter group, whose gradients have passed inspection."""
         method, exchange, joint = self.method, self._exchange, []
+        group, feed = self.param_groups[index], self._feed
         if group.get("refresh") == "async" and group["latency"] == "auto":
             layout.warmup.tick(group, layout.taken + 1, self.stats, exchange.agree)
         due = method.fed(group) and self._due(group, layout, clock)
-        if due and not self._feed.vectors:
-            # A gradient of zeros, as checkpoints make to initialize a state, tells nothing.
-            due = any(g is not None and bool(g.any()) for g in grads)
-        for bucket, own in layout.active(grads):
+        if due and not feed.vectors:
+            due = verdict.telling
+        grads = exchange.spread(index, 0)
+        given = [exchange.spread(index, 1 + i) for i in range(len(feed.vectors))]
+        for bucket in layout.active(verdict.has):
+            own = grads.of(bucket.members)
             options = options_of(method, bucket.block, group)
             if grafting.fused_adam(bucket, options):
                 grafting.fused_adam_step(bucket, own, layout.steps_of(bucket), options)
                 continue
-            vectors = self._vectors(bucket, own, due, options) if bucket.block.treated else []
+            vectors = self._vectors(bucket, own, given, due, options)
             with torch.autocast(bucket.device.type, enabled=False):
                 if bucket.block.shape or not bucket.block.treated:
                     self._advance(bucket, own, vectors, options)
@@ -139,6 +143,8 @@ class SecondOrder(Optimizer):
             assert isinstance(method, SpanMethod)
             with torch.autocast(joint[0].bucket.device.type, enabled=False):
                 spans.step(method, exchange, joint, group)
+        given_now = bool(feed.vectors) or (due and not feed.dropped)
+        layout.informed = verdict.informed or given_now
 
     def _advance(
         self, bucket: Bucket, grads: Sequence[Tensor], vectors: Vectors, options: Options
@@ -246,7 +252,8 @@ class SecondOrder(Optimizer):
             faults.on_idle_curvature(self.stats, type(self).__name__)
             return
         trusting = all(group["nonfinite"] == "ignore" for group in self.param_groups)
-        if trusting or faults.all_finite(list(vector.values())):
+        sound = trusting or faults.all_finite(list(vector.values()))
+        if self._connected().every(sound):
             self._feed.vectors.append(vector)
             self.stats["curvature_vectors"] += 1
         else:
@@ -276,36 +283,69 @@ class SecondOrder(Optimizer):
         return int(max((float(self.state[p].get("step", 0)) for p in params), default=0.0))
 
     def _vectors(
-        self, bucket: Bucket, grads: Sequence[Tensor], due: bool, options: Options
+        self,
+        bucket: Bucket,
+        grads: Sequence[Tensor],
+        given: Sequence[Spread],
+        due: bool,
+        options: Options,
     ) -> Vectors:
         """The vectors that a bucket takes in now: each one tensor a member."""
+        if not bucket.block.treated:
+            return []
         if not self.method.fed(options):
             return [grads]
-        if self._feed.vectors:
-            return self._feed.of(bucket.params)
+        if given:
+            return [vector.of(bucket.members) for vector in given]
         if self._feed.dropped or not due:
             return []
         if options["curvature"] != "empirical":
             faults.on_missing_curvature(self.stats, type(self).__name__)
         return [self.method.stand_in(grads, options)]
 
-    def _work(self) -> Iterator[tuple[dict[str, Any], Layout, list[Tensor | None]]]:
+    def _intake(self, index: int, group: dict[str, Any]) -> Intake:
+        """Inspect the gradients of a group.
+
+        Raises:
+            RuntimeError: one of them is of a kind that no method can take.
+            ValueError: a keyword has changed to a wrong value.
+        """
+        params = [p for p in group["params"] if wanted(p)]
+        grads = [gradient(p) for p in params]
+        given = [g for g in grads if g is not None]
+        if not given:
+            return Intake(group, params, grads, telling=False)
+        self._check(index, group)
+        names = dict(zip(group["params"], names_of(group), strict=True))
+        faults.refuse(grads, [names[p] for p in params])
+        finite = group["nonfinite"] == "ignore" or faults.all_finite(given)
+        telling = informed = True
+        if self.method.fed(group):
+            if not self._feed.vectors:
+                # A gradient of zeros, as checkpoints make to initialize a state, tells nothing.
+                telling = any(bool(g.any()) for g in given)
+            informed = self._layout(index, group).informed
+        return Intake(group, params, grads, finite, telling, informed)
+
+    def _work(self, verdicts: Sequence[Verdict]) -> Iterator[tuple[int, Layout]]:
         """Groups to step, after every gradient of every group has passed inspection."""
-        found = []
-        for index, group in enumerate(self.param_groups):
-            if all(p.grad is None for p in group["params"]):
+        for index, verdict in enumerate(verdicts):
+            group = self.param_groups[index]
+            if not any(verdict.has):
                 continue
-            self._check(index, group)
             layout = self._layout(index, group)
-            grads = [p.grad for p in layout.params]
-            faults.refuse(grads, layout.names)
-            found.append((group, layout, grads))
-        for group, layout, grads in found:
-            given = [g for g in grads if g is not None]
-            if group["nonfinite"] != "ignore" and not faults.all_finite(given):
-                faults.on_nonfinite(self.stats, grads, layout.names, group["nonfinite"])
+            if verdict.bad:
+                grads = [gradient(p) for p in layout.params]
+                policy = group["nonfinite"]
+                faults.on_nonfinite(self.stats, grads, layout.names, policy, verdict.bad)
                 continue
-            yield group, layout, grads
+            yield index, layout
+
+    def _connected(self) -> Exchange:
+        """Who takes part in a step."""
+        if not self._exchange.serves(self.param_groups):
+            self._exchange = connect(self.method, self.param_groups, self._exchange)
+        return self._exchange
 
     def _check(self, index: int, group: dict[str, Any]) -> None:
         """Validate keywords that have changed since the last step; the learning rate may be any."""
@@ -316,9 +356,9 @@ class SecondOrder(Optimizer):
             self._checked[index] = values
 
     def _layout(self, index: int, group: dict[str, Any]) -> Layout:
-        layout = self._layouts.get(index)
-        if layout is None or not layout.fits(group, self.state):
-            layout = Layout(self.method, group, self.state, layout)
+        layout, shares = self._layouts.get(index), self._exchange.shares
+        if layout is None or not layout.fits(group, self.state, shares):
+            layout = Layout(self.method, index, group, self.state, shares, layout)
             self._layouts[index] = layout
         return layout
 
@@ -368,11 +408,6 @@ class SecondOrder(Optimizer):
                 for tile in route.tiles:
                     entries(self.method, tile.block, group)
             for p in group["params"]:
-                if hasattr(p, "placements"):
-                    raise ValueError(
-                        "parabola optimizers do not support DTensor parameters yet, got placements "
-                        f"{p.placements}; allowed: plain tensors"
-                    )
                 if p.is_complex():
                     raise ValueError(
                         f"parabola optimizers do not support complex parameters, got {p.dtype}; "

@@ -75,7 +75,7 @@ COMMON: Mapping[str, Check] = {
     "max_latency": optional(integer(0)),
     "maximize": FLAG,
     "nonfinite": one_of("skip", "raise", "ignore"),
-    "distributed": one_of(None),
+    "distributed": one_of("auto", "owners", "roots", None),
     "block_size": integer(1),
     "max_order": integer(1),
     "axes": (_axes, f"one of {POLICIES}, or a tuple of them, one an axis (the last one repeats)"),

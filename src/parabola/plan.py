@@ -3,14 +3,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from parabola import layout
-from parabola.blocks import state_dtype
 from parabola.method import ChainMethod, Method
 from parabola.routing import Route
 from parabola.tiles import Tile
@@ -155,15 +153,8 @@ def _row(method: Method, group: Mapping[str, Any], name: str, route: Route, p: T
     step = refresh = 0.0
     shapes = []
     for tile in route.tiles:
-        entries = layout.entries(method, tile.block, group).values()
-        for entry in entries:
-            size = (entry.dtype or state_dtype(p)).itemsize
-            state += tile.rows * size * prod(entry.shape)
+        state += layout.tile_bytes(method, tile, group, p)
         if tile.block.treated:
-            host_bytes = 4 * len(layout.bookkeeping(group))
-            state += tile.rows * host_bytes * len(method.factors(tile.block, group))
-            once = tile.rows if tile.block.shape else 1
-            state += once * state_dtype(p).itemsize * len(method.numbers(tile.block, group))
             cost = method.cost(tile.block, group)
             step, refresh = step + tile.rows * cost.step, refresh + tile.rows * cost.refresh
             shapes.append(_words(method, group, tile, p))

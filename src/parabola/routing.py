@@ -7,6 +7,7 @@ group (``axes``, ``parts``, ``block_size``, ``max_order``, ``skip_dim``, ``preco
 """
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -29,6 +30,19 @@ class Route:
 
     tiles: tuple[Tile, ...]
     reason: str
+
+    @property
+    def placed(self) -> Iterator[tuple[Tile, int]]:
+        """Every tile with the index of its first block."""
+        first = 0
+        for tile in self.tiles:
+            yield tile, first
+            first += tile.rows
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks there are; elements are none."""
+        return sum(tile.rows for tile in self.tiles if tile.block.shape)
 
 
 def vector(shape: tuple[int, ...], reason: str) -> Route:

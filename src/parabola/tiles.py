@@ -5,9 +5,10 @@ Squeezed, merged, cut into equal pieces, the last one padded with zeros. A vecto
 blocks are scalars: its rows are its elements. So is a parameter with chains of coupled elements.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -64,6 +65,14 @@ class Tile:
         """True when the rows are the part itself, row after row: views serve in both directions."""
         return not self.block.shape or (self.per_part == 1 and not any(self.padding))
 
+    def single(self, rows: int) -> list["Tile"]:
+        """A tile for each logical part; ``rows`` is the length of axis 0 of the parameter."""
+        if self.parts == 1:
+            return [self]
+        step = (rows if self.length is None else self.length) // self.parts
+        starts = (self.start + i * step for i in range(self.parts))
+        return [replace(self, start=start, length=step, parts=1) for start in starts]
+
     def part(self, x: Tensor) -> Tensor:
         """The tile's own piece of a tensor with the parameter's shape (a view)."""
         return x if self.length is None else x.narrow(0, self.start, self.length)
@@ -95,13 +104,34 @@ class Tile:
         return x.reshape(shape)
 
 
-@dataclass(frozen=True)
-class Member:
-    """A tile in a bucket: whose it is, and which rows it has.
+class Share(NamedTuple):
+    """A tile, and the tensor that it is cut from.
 
     Attributes:
         slot: Index of the parameter in its group's layout.
-        param: The parameter.
+        tensor: What is stepped: the parameter, the piece of it that lies here, or a stand-in of
+            the shape of one of its logical parts.
+        tile: Geometry, in terms of the tensor.
+        first: Index, within the parameter, of the tile's first block.
+        mine: Whether this process steps it.
+        sharded: Whether the tensor is a piece of a DTensor.
+    """
+
+    slot: int
+    tensor: Tensor
+    tile: Tile
+    first: int
+    mine: bool = True
+    sharded: bool = False
+
+
+@dataclass(frozen=True)
+class Member:
+    """A share in a bucket: whose it is, and which rows it has.
+
+    Attributes:
+        slot: Index of the parameter in its group's layout.
+        param: The tensor that is stepped.
         tile: Its geometry.
         first: Index, within the parameter, of the tile's first block.
         start: First row in the bucket.

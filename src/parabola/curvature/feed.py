@@ -12,9 +12,10 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from parabola.curvature.terms import counting
+from parabola.geometry import gradient
 
 Vector = dict[Tensor, Tensor]
-"""Parameter -> its part of one curvature vector. What is missing counts as zero."""
+"""Parameter -> what lies here of one curvature vector. What is missing counts as zero."""
 
 
 class Feed:
@@ -28,13 +29,6 @@ class Feed:
     def __init__(self) -> None:
         self.vectors: list[Vector] = []
         self.dropped = 0
-
-    def of(self, params: Sequence[Tensor]) -> list[list[Tensor]]:
-        """The vectors, each as one tensor a parameter."""
-        return [
-            [h if (h := vector.get(p)) is not None else torch.zeros_like(p) for p in params]
-            for vector in self.vectors
-        ]
 
 
 @contextmanager
@@ -68,7 +62,7 @@ def captured(
     try:
         with _own_randomness(params, tick), _still_statistics(model), counting() as terms:
             yield vector
-        given = {p: p.grad for p in params if p.grad is not None}
+        given = {p: g for p in params if (g := gradient(p)) is not None}
         if not given:
             raise RuntimeError(
                 "no parameter of this optimizer has a gradient at the end of its curvature block; "

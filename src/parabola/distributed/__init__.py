@@ -1,6 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
 """Who computes what: the seam between the engine and the processes of a job."""
 
-from parabola.distributed.exchange import Exchange, Local
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-__all__ = ["Exchange", "Local"]
+from parabola.distributed.exchange import Exchange, Intake, Local, Spread, Verdict
+from parabola.distributed.owners import Owners
+from parabola.distributed.ranks import ranks_of
+from parabola.method import Method
+
+__all__ = ["Exchange", "Intake", "Local", "Spread", "Verdict", "connect"]
+
+
+def connect(
+    method: Method, groups: Sequence[Mapping[str, Any]], previous: Exchange | None = None
+) -> Exchange:
+    """The exchange for some parameter groups; with several processes a collective call.
+
+    Args:
+        method: What is done with them.
+        groups: All groups of an optimizer.
+        previous: The exchange before, whose owners keep what they have.
+
+    Raises:
+        ValueError: the processes do not agree on the model or its options.
+    """
+    ranks = ranks_of(groups)
+    return Local() if ranks is None else Owners(method, groups, ranks, previous)

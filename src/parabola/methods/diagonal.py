@@ -73,7 +73,9 @@ class Diagonal(SecondOrder):
             dropped and counted, except under ``"ignore"``.
         kernels: ``"auto"``: the fused form of the step in the identity basis, where there is one;
             ``"torch"``: plain PyTorch, the same numbers up to rounding.
-        distributed: None; the optimizer works on what this process holds.
+        distributed: Who else takes part: ``"auto"`` reads it from the parameters' placements and
+            the default process group, and gives blocks owners; ``"owners"`` is what it chooses;
+            ``"roots"`` splits the refresh alone, for replicated parameters; None: nobody.
 
     Raises:
         ValueError: a keyword has a wrong value; the message says what is allowed.
@@ -128,7 +130,7 @@ class Diagonal(SecondOrder):
         maximize: bool = False,
         nonfinite: str = "skip",
         kernels: str = "auto",
-        distributed: None = None,
+        distributed: str | None = "auto",
     ) -> None:
         super().__init__(
             params,

@@ -223,6 +223,44 @@ class DiagonalMethod(Method):
             carried[moved] = multiply(turn if axis == x.dim() - 2 else turn.mT, x, axis)
         return carried
 
+    def loosen(self, state: State, block: Block, options: Options) -> State:
+        """M out of the basis; bases go, and D with them: see `settle`."""
+        loose = dict(state)
+        if "exp_avg" in loose:
+            loose["exp_avg"] = self.restore(state, state["exp_avg"], block, options)
+        for axis in block.axes:
+            for key in ("basis", "values"):
+                loose.pop(f"{name(axis)}_{key}", None)
+            if options["factors"] == "kl":  # a mean over the other axes
+                loose[name(axis)] = loose[name(axis)] * (block.numel / block.shape[axis])
+        return loose
+
+    def settle(self, state: State, block: Block, options: Options) -> State:
+        """New bases, exactly; m seen from them; D as the factors predict it.
+
+        The old D was measured along other vectors. Transported to new ones it would flatten; the
+        product of the new factors' spectra has its trace and keeps their spread, and fades as
+        vectors come in. Blocks without a basis so far keep D as it is.
+        """
+        settled, refreshed = dict(state), state["refreshed"] > 0
+        for column, axis in enumerate(block.axes):
+            key, side = name(axis), block.shape[axis]
+            if options["factors"] == "kl":
+                settled[key] = settled[key] / (block.numel / side)
+            eye = torch.eye(side, dtype=settled[key].dtype, device=settled[key].device)
+            settled[f"{key}_basis"] = eye.expand(len(refreshed), side, side).contiguous()
+            if _needs_values(options):
+                settled[f"{key}_values"] = torch.zeros_like(settled[key][:, 0])
+            if bool(refreshed[:, column].any()):
+                settled |= self.refresh(settled, key, block, options).tensors
+        if bool(refreshed.any()):
+            if "exp_avg" in settled:
+                settled["exp_avg"] = self.project(settled, settled["exp_avg"], block, options)
+            if settled.pop("diagonal", None) is not None:
+                weight = settled["weight"].view(-1, *[1] * len(block.shape))
+                settled["diagonal"] = _spectrum({**settled, "weight": weight}, block, options)
+        return settled
+
     def project(self, state: State, x: Tensor, block: Block, options: Options) -> Tensor:
         """U^T x."""
         return _rotated(state, x, block, options, back=False)

@@ -198,7 +198,8 @@ class Ginger(SecondOrder):
             ``"ignore"``.
         kernels: ``"auto"`` uses a fused kernel where there is one (Numba on the CPU), ``"torch"``
             plain PyTorch; the numbers are the same up to rounding.
-        distributed: None; the optimizer works on what this process holds.
+        distributed: Who else takes part: ``"auto"`` reads it from the parameters' placements and
+            the default process group; None: nobody.
 
     Raises:
         ValueError: a keyword has a wrong value; the message says what is allowed.
@@ -239,7 +240,7 @@ class Ginger(SecondOrder):
         maximize: bool = False,
         nonfinite: str = "skip",
         kernels: str = "auto",
-        distributed: None = None,
+        distributed: str | None = "auto",
     ) -> None:
         super().__init__(
             params,

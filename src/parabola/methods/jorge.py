@@ -30,7 +30,7 @@ from torch.optim.optimizer import ParamsT
 
 from parabola import recipes
 from parabola.axes import index, multiply, name, unfold
-from parabola.linalg import symmetric_product
+from parabola.linalg import inverse_root, symmetric_product
 from parabola.method import GRADIENT, Block, Cost, Entry, Method, Options, Refreshed, State
 from parabola.optimizer import SecondOrder
 from parabola.options import Check, one_of, optional, real
@@ -93,6 +93,33 @@ class JorgeMethod(Method):
         )
         tensors = {f"{factor}_root": result.root, f"{factor}_updates": updates + result.taken}
         return Refreshed(tensors)
+
+    def loosen(self, state: State, block: Block, options: Options) -> State:
+        """P^-p in place of P: the statistic of which it is the root."""
+        loose = dict(state)
+        for axis in block.axes:
+            root = loose.pop(f"{name(axis)}_root").double()
+            power = 2.0 * len(block.axes)
+            found = inverse_root((root + root.mT) / 2, power, damping=0.0, method="eigh")
+            loose[name(axis)] = found.root
+        return loose
+
+    def settle(self, state: State, block: Block, options: Options) -> State:
+        """Their roots, scaled to mean diagonal 1 under a graft; padding takes the mean."""
+        settled = dict(state)
+        for axis in block.axes:
+            statistic = settled.pop(name(axis)).double()
+            ridge = statistic.diagonal(dim1=1, dim2=2)
+            used = (ridge > 0).sum(1, keepdim=True).clamp(min=1)
+            filled = torch.where(ridge > 0, 0.0, ridge.sum(1, keepdim=True) / used)
+            power = 1 / (2 * len(block.axes))
+            root = inverse_root(
+                statistic + torch.diag_embed(filled), power, damping=0.0, method="eigh"
+            ).root
+            if options["graft"] is not None:
+                root = root / _rows(root.diagonal(dim1=1, dim2=2).mean(1))
+            settled[f"{name(axis)}_root"] = root
+        return settled
 
     def apply(self, state: State, m: Tensor, block: Block, options: Options) -> Tensor:
         """Equation (3)."""
@@ -289,7 +316,9 @@ class Jorge(SecondOrder):
         nonfinite: ``"skip"`` the step of a group with a NaN or Inf gradient, ``"raise"``, or
             ``"ignore"`` where somebody else looks already (saves one read of the gradients, and on
             an accelerator one host synchronization).
-        distributed: None; the optimizer works on what this process holds.
+        distributed: Who else takes part: ``"auto"`` reads it from the parameters' placements and
+            the default process group, and gives blocks owners; ``"owners"`` is what it chooses;
+            ``"roots"`` splits the refresh alone, for replicated parameters; None: nobody.
 
     Raises:
         ValueError: a keyword has a wrong value; the message says what is allowed.
@@ -328,7 +357,7 @@ class Jorge(SecondOrder):
         refresh: str = "inline",
         maximize: bool = False,
         nonfinite: str = "skip",
-        distributed: None = None,
+        distributed: str | None = "auto",
     ) -> None:
         super().__init__(
             params,

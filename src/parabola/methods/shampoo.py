@@ -71,6 +71,10 @@ class ShampooMethod(Method):
         """The root."""
         return (f"{factor}_root",)
 
+    def derived(self, factor: str) -> tuple[str, ...]:
+        """The root."""
+        return (f"{factor}_root",)
+
     def refresh(self, state: State, factor: str, block: Block, options: Options) -> Refreshed:
         """Equation (2)."""
         statistic, exponent = state[factor], _exponent(block, options)
@@ -153,7 +157,9 @@ class Shampoo(SecondOrder):
         nonfinite: ``"skip"`` the step of a group with a NaN or Inf gradient, ``"raise"``, or
             ``"ignore"`` where somebody else looks already (saves one read of the gradients, and on
             an accelerator one host synchronization). ``"raise"`` also raises on failed roots.
-        distributed: None; the optimizer works on what this process holds.
+        distributed: Who else takes part: ``"auto"`` reads it from the parameters' placements and
+            the default process group, and gives blocks owners; ``"owners"`` is what it chooses;
+            ``"roots"`` splits the refresh alone, for replicated parameters; None: nobody.
 
     Raises:
         ValueError: a keyword has a wrong value; the message says what is allowed.
@@ -194,7 +200,7 @@ class Shampoo(SecondOrder):
         max_latency: int | None = None,
         maximize: bool = False,
         nonfinite: str = "skip",
-        distributed: None = None,
+        distributed: str | None = "auto",
     ) -> None:
         super().__init__(
             params,

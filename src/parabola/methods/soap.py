@@ -48,7 +48,9 @@ class SOAP(Diagonal):
             exactly; or steps up to which a late one may be adopted whenever it comes.
         maximize: Maximize the objective.
         nonfinite: ``"skip"``, ``"raise"`` or ``"ignore"``; see `Diagonal`.
-        distributed: None; the optimizer works on what this process holds.
+        distributed: Who else takes part: ``"auto"`` reads it from the parameters' placements and
+            the default process group, and gives blocks owners; ``"owners"`` is what it chooses;
+            ``"roots"`` splits the refresh alone, for replicated parameters; None: nobody.
 
     Raises:
         ValueError: a keyword has a wrong value; the message says what is allowed.
@@ -82,7 +84,7 @@ class SOAP(Diagonal):
         max_latency: int | None = None,
         maximize: bool = False,
         nonfinite: str = "skip",
-        distributed: None = None,
+        distributed: str | None = "auto",
     ) -> None:
         super().__init__(
             params,

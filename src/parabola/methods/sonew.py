@@ -175,7 +175,8 @@ class SONew(SecondOrder):
         nonfinite: ``"skip"`` the step of a group with a NaN or Inf gradient, ``"raise"``, or
             ``"ignore"`` where somebody else looks already (saves one read of the gradients, and on
             an accelerator one host synchronization).
-        distributed: None; the optimizer works on what this process holds.
+        distributed: Who else takes part: ``"auto"`` reads it from the parameters' placements and
+            the default process group; None: nobody.
 
     There is nothing to refresh: no root, no schedule, no host worker.
 
@@ -210,7 +211,7 @@ class SONew(SecondOrder):
         kernels: str = "auto",
         maximize: bool = False,
         nonfinite: str = "skip",
-        distributed: None = None,
+        distributed: str | None = "auto",
     ) -> None:
         super().__init__(
             params,

@@ -36,7 +36,9 @@ class Sophia(Diagonal):
         maximize: Maximize the objective.
         nonfinite: ``"skip"``, ``"raise"`` or ``"ignore"``; see `Diagonal`.
         kernels: ``"auto"``, or ``"torch"``; see `Diagonal`.
-        distributed: None; the optimizer works on what this process holds.
+        distributed: Who else takes part: ``"auto"`` reads it from the parameters' placements and
+            the default process group, and gives blocks owners; ``"owners"`` is what it chooses;
+            ``"roots"`` splits the refresh alone, for replicated parameters; None: nobody.
 
     Raises:
         ValueError: a keyword has a wrong value; the message says what is allowed.
@@ -64,7 +66,7 @@ class Sophia(Diagonal):
         maximize: bool = False,
         nonfinite: str = "skip",
         kernels: str = "auto",
-        distributed: None = None,
+        distributed: str | None = "auto",
     ) -> None:
         super().__init__(
             params,

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One message to every rank and one from every rank, in a single collective.
+
+A message is a header of a fixed number of bytes and tensors of known shapes. The sizes are agreed
+once, from geometry that all ranks share: `all_to_all_single` does not notice a mismatch.
+"""
+
+from collections.abc import Sequence
+from math import prod
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from parabola.distributed.transfers import padded
+
+
+class Piece(NamedTuple):
+    """A tensor in a message."""
+
+    size: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class Mail:
+    """Messages of fixed sizes between the ranks of a group.
+
+    Args:
+        group: Its ranks.
+        outgoing: Pieces for every rank.
+        incoming: Pieces from every rank.
+        header: Bytes of every header.
+        device: Where the messages lie.
+
+    Attributes:
+        sent: Bytes that a post sends to other ranks.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        outgoing: Sequence[Sequence[Piece]],
+        incoming: Sequence[Sequence[Piece]],
+        header: int,
+        device: torch.device,
+    ) -> None:
+        self._group, self._header, self._device = group, header, device
+        self._out, self._out_sizes = _placed(outgoing, header)
+        self._in, self._in_sizes = _placed(incoming, header)
+        rank = dist.get_rank(group)
+        self.sent = sum(n for r, n in enumerate(self._out_sizes) if r != rank)
+
+    def post(
+        self, header: Tensor, tensors: Sequence[Tensor], keep: bool = True
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Send and receive.
+
+        Args:
+            header: ``(header,)`` uint8 on the host, for every rank.
+            tensors: The outgoing pieces, rank after rank; converted to the dtype of their piece.
+                None of them: the pieces are zeros.
+            keep: False: the pieces that come in are of no interest.
+
+        Returns:
+            The headers ``(ranks, header)`` on the host, and the incoming pieces, rank after rank.
+        """
+        sending = torch.zeros if not tensors else torch.empty
+        outbox = sending(sum(self._out_sizes), dtype=torch.uint8, device=self._device)
+        inbox = torch.empty(sum(self._in_sizes), dtype=torch.uint8, device=self._device)
+        here = header.to(self._device)
+        for start in _starts(self._out_sizes):
+            outbox[start : start + self._header] = here
+        if tensors:
+            torch._foreach_copy_(_views(outbox, self._out), list(tensors))
+        dist.all_to_all_single(inbox, outbox, self._in_sizes, self._out_sizes, group=self._group)
+        headers = [inbox[start : start + self._header] for start in _starts(self._in_sizes)]
+        return torch.stack(headers).cpu(), _views(inbox, self._in) if keep else []
+
+
+_Placed = list[tuple[Piece, int]]
+"""Pieces with their offset in bytes."""
+
+
+def _placed(messages: Sequence[Sequence[Piece]], header: int) -> tuple[_Placed, list[int]]:
+    """Offsets of all pieces, and the bytes of every message."""
+    offset, found, sizes = 0, [], []
+    for message in messages:
+        start, offset = offset, offset + padded(header)
+        for piece in message:
+            found.append((piece, offset))
+            offset += padded(prod(piece.size) * piece.dtype.itemsize)
+        sizes.append(offset - start)
+    return found, sizes
+
+
+def _starts(sizes: Sequence[int]) -> list[int]:
+    return [sum(sizes[:i]) for i in range(len(sizes))]
+
+
+def _views(buffer: Tensor, placed: _Placed) -> list[Tensor]:
+    typed = {piece.dtype: buffer.view(piece.dtype) for piece, _ in placed}
+    return [
+        typed[piece.dtype].as_strided(
+            piece.size, _strides(piece.size), offset // piece.dtype.itemsize
+        )
+        for piece, offset in placed
+    ]
+
+
+def _strides(size: Sequence[int]) -> tuple[int, ...]:
+    return tuple(prod(size[axis + 1 :]) for axis in range(len(size)))
