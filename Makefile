@@ -9,16 +9,19 @@ TORCH = $(shell sed -n '/^torch==/p' constraints.txt)
 EXTRAS := fast,lab,test,docs,dev
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench docs clean constraints
+.PHONY: help demo test test-all lint bench docs clean constraints
 
 help: ## show this list
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
 
 demo: $(VENV)/ready ## train the optimizers on real data, write demo-report/report.html
 	@$(PY) -m parabola.cli compare digits --seeds 3 --out demo-report --overwrite
 	@echo "Open $(CURDIR)/demo-report/report.html in a browser."
 
-test: $(VENV)/ready ## run every test
+test: $(VENV)/ready ## run every test but the long ones
+	@OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto --maxprocesses 8 -m "not long"
+
+test-all: $(VENV)/ready ## run every test
 	@OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto --maxprocesses 8
 
 lint: $(VENV)/ready ## check style and types

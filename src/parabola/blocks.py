@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from torch import Tensor
 from parabola.host import Ticket
 from parabola.method import Block, Entry, State
 from parabola.tiles import Member, Share
+
+if TYPE_CHECKING:
+    from parabola.distributed.shards import Shards
 
 WINDOW = 1 << 22
 """Elements up to which a bucket keeps a scratch stack with ready-made views."""
@@ -61,6 +64,7 @@ class Bucket:
         tickets: ``(row, column)`` of ``pending`` -> what is in flight on host threads.
         times: Where somebody wants to know the seconds of jobs, from hand-in and of work.
         memo: What a step derives from the geometry once and wants to find again.
+        shards: Of a run of local shards, the whole parameters: others hold the rest.
     """
 
     members: list[Member]
@@ -80,6 +84,7 @@ class Bucket:
     tickets: dict[tuple[int, int], Held] = field(default_factory=dict)
     times: deque[tuple[float, float]] | None = None
     memo: dict[Any, Any] = field(default_factory=dict)
+    shards: "Shards | None" = None
     _vectors: dict[str, list[Tensor]] = field(default_factory=dict)
     _stretches: dict[tuple[int, int], "Bucket"] = field(default_factory=dict)
 
@@ -186,7 +191,7 @@ class Bucket:
             return values.reshape(())
         if self.even:
             return values.unsqueeze(1).expand(-1, self.splits[0]).reshape(-1)
-        return values.repeat_interleave(self.sizes, output_size=self.n)
+        return values.repeat_interleave(self.lengths, output_size=self.n)
 
     @cached_property
     def even(self) -> bool:
@@ -194,9 +199,16 @@ class Bucket:
         return len(set(self.splits)) == 1
 
     @cached_property
-    def sizes(self) -> Tensor:
-        """Elements of each member of a run, ``(members,)`` int64."""
+    def lengths(self) -> Tensor:
+        """Elements of each member of a run that are here, ``(members,)`` int64."""
         return torch.tensor(self.splits, device=self.device)
+
+    @cached_property
+    def sizes(self) -> Tensor:
+        """Elements of the whole parameter of each member of a run, ``(members,)`` int64."""
+        if self.shards is None:
+            return self.lengths
+        return torch.tensor(self.shards.sizes, device=self.device)
 
     @property
     def seen(self) -> State:
@@ -205,13 +217,16 @@ class Bucket:
         return {**self.state, **{name: shape(x) for name, x in self.numbers.items()}}
 
     def means(self, name: str) -> Tensor:
-        """The mean of a state entry over every block, or over every member of a run."""
+        """The mean of a state entry over every block, or over the whole parameters of a run."""
         x = self.state[name]
+        if self.shards is not None:
+            sums = torch.segment_reduce(x.double(), "sum", lengths=self.lengths)
+            return (self.shards.total(sums) / self.sizes).to(x.dtype)
         if self.block.shape:
             return x.flatten(1).mean(1)
         if self.even:
             return x.view(len(self.members), -1).mean(1)
-        sums: Tensor = torch.segment_reduce(x.double(), "sum", lengths=self.sizes)
+        sums = torch.segment_reduce(x.double(), "sum", lengths=self.lengths)
         return (sums / self.sizes).to(x.dtype)
 
     def index(self, chosen: Sequence[int]) -> Tensor:
@@ -251,6 +266,7 @@ class Bucket:
             settled=self.settled,
             tickets=tickets,
             times=self.times,
+            shards=self.shards and self.shards.select(chosen),
         )
 
     def stretch(self, first: int, last: int, scratch: Tensor | None = None) -> "Bucket":
@@ -269,6 +285,7 @@ class Bucket:
                 numbers={key: value[first:last] for key, value in self.numbers.items()},
                 scratch=scratch,
                 memo={},
+                shards=self.shards and self.shards.select(range(first, last)),
                 _vectors={},
                 _stretches={},
             )

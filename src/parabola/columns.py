@@ -33,14 +33,12 @@ class _Plan(NamedTuple):
         rows: Coefficients of what is made of the columns: of the new factor, where it changes, and
             of the direction, ``(members, rank + 1, q)``.
         updates: Whether the factor changes.
-        scale: ``(members,)`` float64.
         limit: ``(members,)`` or None.
         sound: ``(members,)`` bool; None where all are.
     """
 
     rows: Tensor
     updates: bool
-    scale: Tensor
     limit: Tensor | None
     sound: Tensor | None
 
@@ -119,7 +117,7 @@ def _plan(piece: Bucket, found: Combined, options: Options) -> _Plan:
     all_sound = found.sound.device.type == "cpu" and bool(found.sound.all())
     sound = None if all_sound else found.sound.to(piece.device)
     updates = found.update is not None
-    return _Plan(rows, updates, found.scale.to(piece.device), limit, sound)
+    return _Plan(rows, updates, limit, sound)
 
 
 def move(
@@ -140,28 +138,37 @@ def move(
         options: The parameter group.
         found: The coefficients, a row a member.
     """
-    vectors = [_flat(piece, vector) for vector in given]
-    d = _direction(exchange, piece, grads, vectors, _plan(piece, found, options), options)
-    exchange.deliver(piece, grafting.momentum(piece, d, options), options)
+    d, squares = combine(exchange, piece, grads, given, options, found)
+    rescale(exchange, piece, d, squares, options, found)
 
 
-def _direction(
+def combine(
     exchange: Exchange,
     piece: Bucket,
     grads: Sequence[Tensor],
-    vectors: Sequence[Tensor],
-    plan: _Plan,
+    given: Given,
     options: Options,
-) -> Tensor:
-    """The new factor, and the direction ``(n,)`` of a piece."""
+    found: Combined,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Write the new factor; the first half of `move`.
+
+    Returns:
+        The direction ``(n,)`` before it takes its length, in ``out`` if that is given, and the
+        squared lengths ``(2, members)`` of the graft's direction and of this one.
+    """
+    vectors, plan = [_flat(piece, vector) for vector in given], _plan(piece, found, options)
     m = piece.state.get("exp_avg")
-    d = None if piece.window is None else piece.window[0]
+    d = out
+    if d is None and piece.window is not None:
+        d = piece.window[0]
     if m is None:  # one memory for both: every zone is read before it is written
-        m = d = exchange.collect(piece, grads, options)
+        m = exchange.collect(piece, grads, options)
+        d = m if out is None else out
     elif d is None:
         d = torch.empty_like(m)
-    assert isinstance(piece.t, int) and isinstance(d, Tensor)
-    starting = piece.t <= options["start_step"]
+    assert isinstance(d, Tensor)
+    starting = _starting(piece, options)
     grafted = options["graft"] is not None
     scratch, space = _scratch(piece, len(vectors) + 1), _scratch(piece, plan.rows.shape[1])
     squares = torch.zeros(2, len(piece.members), dtype=torch.float64, device=piece.device)
@@ -185,14 +192,33 @@ def _direction(
         if grafted:
             squares[0, zone.members] += _squares(zone, a)
             squares[1, zone.members] += _squares(zone, here)
-    if starting:
-        return d
-    if grafted:
-        factor = torch.where(squares[1] > 0, (squares[0] / squares[1]).sqrt(), 0.0)
-        return d.mul_(piece.spread(factor.to(d.dtype)))
-    scale = plan.scale if plan.sound is None else torch.where(plan.sound, plan.scale, 1.0)
-    root = piece.spread(scale.sqrt().to(d.dtype))
-    return d.mul_(root).mul_(root)  # the scale itself may be out of the dtype's range
+    return d, squares
+
+
+def rescale(
+    exchange: Exchange,
+    piece: Bucket,
+    d: Tensor,
+    squares: Tensor,
+    options: Options,
+    found: Combined,
+) -> None:
+    """Move the parameters; the second half of `move`, with squared lengths of whole parameters."""
+    if not _starting(piece, options):
+        if options["graft"] is not None:
+            factor = torch.where(squares[1] > 0, (squares[0] / squares[1]).sqrt(), 0.0)
+            d.mul_(piece.spread(factor.to(d.dtype)))
+        else:
+            scale = torch.where(found.sound, found.scale, 1.0).to(piece.device)
+            root = piece.spread(scale.sqrt().to(d.dtype))
+            d.mul_(root).mul_(root)  # the scale itself may be out of the dtype's range
+    exchange.deliver(piece, grafting.momentum(piece, d, options), options)
+
+
+def _starting(piece: Bucket, options: Options) -> bool:
+    """Whether this step is the graft's own."""
+    assert isinstance(piece.t, int)
+    return bool(piece.t <= options["start_step"])
 
 
 def _combinations(plan: _Plan, run: Run, rest: Tensor, space: Tensor) -> Tensor:

@@ -55,6 +55,14 @@ def is_sharded(p: Tensor) -> bool:
     return hasattr(p, "placements")
 
 
+def is_spread(p: Any) -> bool:
+    """Whether several processes hold different pieces of a parameter."""
+    return is_sharded(p) and any(
+        not placement.is_replicate() and p.device_mesh.size(axis) > 1
+        for axis, placement in enumerate(p.placements)
+    )
+
+
 def local_box(p: Any) -> Box:
     """What this process holds of a parameter."""
     if not is_sharded(p):

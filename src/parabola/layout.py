@@ -7,11 +7,11 @@ a parameter of another dtype, device or memory format.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import replace
 from math import prod
 from operator import is_
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from torch import Tensor
 from parabola import blocks, grafting
 from parabola.blocks import Bucket, state_dtype
 from parabola.faults import Stats
-from parabola.geometry import is_sharded, local, take, wrapped
+from parabola.geometry import is_sharded, is_spread, local, take, wrapped
 from parabola.latency import Warmup
 from parabola.method import GRADIENT, Block, ChainMethod, Entry, Method, Options, SpanMethod
 from parabola.offload import NEXT, land
@@ -31,6 +31,9 @@ from parabola.tiles import Share, Tile
 
 STEP_BYTES = 4
 """Bytes of ``step`` a parameter."""
+
+if TYPE_CHECKING:
+    from parabola.distributed.shards import Shards
 
 BLOCK = re.compile(r"b(\d+)/")
 """How the keys of a block begin."""
@@ -165,7 +168,7 @@ def local_share(slot: int, p: Tensor, tile: Tile, first: int) -> Share:
         ValueError: it has blocks, and only a piece of them is here.
     """
     here = local(p)
-    if here.shape == p.shape:
+    if not is_spread(p):
         return Share(slot, here, tile, first)
     if tile.block.shape:
         raise ValueError(
@@ -185,6 +188,18 @@ def own_shares(found: Roster) -> list[Share]:
     ]
 
 
+class Sharing(Protocol):
+    """Who steps what: the part of an exchange that a layout is built from."""
+
+    def shares(self, index: int, roster: Roster) -> list[Share]:
+        """The tiles of a group, with what of them this process steps."""
+        ...
+
+    def shards(self, index: int, slots: Sequence[int]) -> "Shards":
+        """What all ranks hold of some parameters of a group that are spread over them."""
+        ...
+
+
 class Layout:
     """Buckets of one parameter group.
 
@@ -201,13 +216,13 @@ class Layout:
         index: int,
         group: Mapping[str, Any],
         state: MutableMapping[Tensor, Any],
-        shares: Callable[[int, Roster], list[Share]],
+        sharing: Sharing,
         previous: "Layout | None" = None,
     ) -> None:
         self._method = method
         self._signature = signature(method, group)
         self._informed: bool | None = None
-        self._shares = shares
+        self._sharing = sharing
         self._params = list(group["params"])
         self._owners: list[dict[str, Any]] = []
         self._keys: list[str] = []
@@ -219,11 +234,12 @@ class Layout:
         self._kinds = list(map(kind, self.params))
         self._pointers = self._addresses()
         self.steps = torch.zeros(len(self.params), dtype=torch.float32, device="cpu")
-        tiles = shares(index, found)
+        tiles = sharing.shares(index, found)
         everything = blocks.sort(tiles, lambda block: factors(method, block, group))
         if group.get("refresh") in ("staggered", "async"):
             costs = [list(factors(method, b.block, group).values()) for b in everything]
             assign_phases(everything, costs, group["update_every"])
+        spread = {share.slot for share in tiles if share.sharded}
         mine = {(share.slot, share.first) for share in tiles if share.mine}
         self.buckets = list(_kept(everything, mine))
         for bucket in self.buckets:
@@ -232,6 +248,8 @@ class Layout:
                 lambda block: entries(method, block, group),
                 lambda block: numbers(method, block, group),
             )
+            if bucket.block.treated and not bucket.block.shape and spread & set(bucket.slots):
+                bucket.shards = sharing.shards(index, bucket.slots)
         self.warmup = Warmup()
         self.step_views = list(self.steps.unbind(0))
         options = [options_of(method, b.block, group) for b in self.buckets]
@@ -357,11 +375,11 @@ class Layout:
         self,
         group: Mapping[str, Any],
         state: MutableMapping[Tensor, Any],
-        shares: Callable[[int, Roster], list[Share]],
+        sharing: Sharing,
     ) -> bool:
         """False when the buckets must be built anew."""
         return (
-            self._shares == shares
+            self._sharing is sharing
             and len(self._params) == len(group["params"])
             and all(map(is_, self._params, group["params"]))
             and self._signature == signature(self._method, group)

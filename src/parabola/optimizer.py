@@ -136,7 +136,8 @@ class SecondOrder(Optimizer):
                 elif isinstance(method, ChainMethod):
                     chains.step(method, exchange, bucket, own, options)
                 elif isinstance(method, SpanMethod):
-                    joint.append(spans.Span(bucket, own, vectors))
+                    params = [layout.params[slot] for slot in bucket.slots]
+                    joint.append(spans.Span(bucket, own, vectors, params))
                 else:
                     self._advance_elements(bucket, own, vectors, options)
         if joint:
@@ -197,6 +198,9 @@ class SecondOrder(Optimizer):
         kernel, taken = None, 0
         if run.params[0].is_contiguous():
             kernel = self.method.kernel(run.device, run.params[0].dtype, options)
+        if run.shards is not None and vectors:
+            self._measure_shards(run, grads, vectors, options)
+            vectors = []
         for piece in run.pieces if vectors or kernel is None else ():
             piece.t, end = run.t, taken + len(piece.members)
             own = grads[taken:end]
@@ -212,6 +216,23 @@ class SecondOrder(Optimizer):
                 state = {name: run.vectors(name) for name in run.state}
                 run.memo["elements"] = Elements(run.params, state, run.numbers)
             kernel.step(run.memo["elements"], grads, run.t, options)
+
+    def _measure_shards(
+        self, run: Bucket, grads: Sequence[Tensor], vectors: Vectors, options: Options
+    ) -> None:
+        """Take the vectors of all pieces in first: means are those of whole parameters."""
+        taken = 0
+        for piece in run.pieces:
+            own = slice(taken, taken + len(piece.members))
+            taken = own.stop
+            stacks = [
+                self._exchange.collect(piece, grads[own], options)
+                if vector is grads
+                else piece.stack(vector[own])
+                for vector in vectors
+            ]
+            self.method.measure(piece.state, stacks, piece.block, options)
+        self.method.tick(run.numbers, run.means, options)
 
     def _measure(self, bucket: Bucket, vectors: Sequence[Tensor], options: Options) -> None:
         """Take projected vectors into what is measured in the basis."""
@@ -356,9 +377,9 @@ class SecondOrder(Optimizer):
             self._checked[index] = values
 
     def _layout(self, index: int, group: dict[str, Any]) -> Layout:
-        layout, shares = self._layouts.get(index), self._exchange.shares
-        if layout is None or not layout.fits(group, self.state, shares):
-            layout = Layout(self.method, index, group, self.state, shares, layout)
+        layout, exchange = self._layouts.get(index), self._exchange
+        if layout is None or not layout.fits(group, self.state, exchange):
+            layout = Layout(self.method, index, group, self.state, exchange, layout)
             self._layouts[index] = layout
         return layout
 
@@ -377,9 +398,24 @@ class SecondOrder(Optimizer):
         return metrics.metrics(self.method, self.param_groups, self._layouts, self.stats)
 
     def state_dict(self) -> dict[str, Any]:
-        """The state, as in torch.optim; waits for the jobs of host threads that are in flight."""
+        """The state, as in torch.optim; waits for the jobs of host threads that are in flight.
+
+        With several processes it holds what this one has: ``torch.distributed.checkpoint`` puts the
+        parts together, and so does `consolidate`.
+        """
         self._land()
         return super().state_dict()
+
+    def consolidate(self, to: int | None = 0) -> dict[str, Any] | None:
+        """The complete state of all processes, on the host; a collective call.
+
+        Args:
+            to: The rank that receives it; None: all of them.
+
+        Returns:
+            A state dict that any number of processes can load; None on the other ranks.
+        """
+        return self._connected().consolidate(self.state_dict(), to)
 
     def _land(self) -> None:
         """Bring the results of jobs in flight into the state."""
@@ -433,6 +469,24 @@ class SecondOrder(Optimizer):
         finally:
             before.remove()
             after.remove()
+        if not self._connected().alone:
+            self._take_own()
+
+    def _take_own(self) -> None:
+        """Build the layouts of loaded state at once: all processes learn whether theirs is there.
+
+        Raises:
+            ValueError: on every rank, where one lacks the state of something that it steps.
+        """
+        error = None
+        try:
+            for index, group in enumerate(self.param_groups):
+                if any(p in self.state for p in group["params"]):
+                    self._layout(index, group)
+        except ValueError as e:
+            error = e
+        if not self._exchange.every(error is None):
+            raise error or ValueError("another rank lacks state that it needs; see its own message")
 
     def __getstate__(self) -> dict[str, Any]:
         self._land()

@@ -77,6 +77,10 @@ def _cut(sizes: Sequence[int], limit: int) -> Iterator[list[tuple[int, int, int,
     position = first = 0
     for size, equal in groupby(sizes):
         count = len(list(equal))
+        if not size:  # a parameter of which others hold everything
+            if held:
+                yield held
+            held, first, count = [], first + count, 0
         while count:
             room = limit - (position - held[0][0] if held else 0)
             some = min(count, room // size)

@@ -15,6 +15,7 @@ from torch import Tensor
 from parabola.blocks import Bucket
 from parabola.curvature.feed import Vector
 from parabola.distributed.ranks import ranks_of
+from parabola.distributed.shards import Shards
 from parabola.layout import Roster, own_shares
 from parabola.method import Options
 from parabola.tiles import Member, Share
@@ -79,6 +80,9 @@ class Spread(NamedTuple):
 class Exchange(Protocol):
     """What the engine asks."""
 
+    alone: bool
+    """Whether this process is the only one."""
+
     sent: int
     """Bytes that this process has sent to others since the step began."""
 
@@ -88,6 +92,10 @@ class Exchange(Protocol):
 
     def shares(self, index: int, roster: Roster) -> list[Share]:
         """The tiles of a group, with what of them this process steps."""
+        ...
+
+    def shards(self, index: int, slots: Sequence[int]) -> Shards:
+        """What all ranks hold of some parameters of a group that are spread over them."""
         ...
 
     @contextmanager
@@ -135,11 +143,15 @@ class Exchange(Protocol):
         """Whether it holds in every process."""
         ...
 
+    def consolidate(self, state_dict: dict[str, Any], to: int | None) -> dict[str, Any] | None:
+        """Put the state dicts of all processes together, on rank ``to`` or on all of them."""
+        ...
+
 
 class Local:
     """Everything in this process."""
 
-    sent = 0
+    alone, sent = True, 0
 
     def __init__(self) -> None:
         self._spreads: list[list[Spread]] = []
@@ -155,6 +167,10 @@ class Local:
             ValueError: a parameter is a DTensor of which this process holds a piece only.
         """
         return own_shares(roster)
+
+    def shards(self, index: int, slots: Sequence[int]) -> Shards:
+        """Nothing is spread over ranks here."""
+        raise NotImplementedError
 
     @contextmanager
     def telling(self, vectors: int) -> Iterator[None]:
@@ -205,6 +221,10 @@ class Local:
     def every(self, flag: bool) -> bool:
         """It does."""
         return flag
+
+    def consolidate(self, state_dict: dict[str, Any], to: int | None) -> dict[str, Any] | None:
+        """It is complete."""
+        return state_dict
 
 
 def coupled(options: Options) -> bool:

@@ -17,9 +17,11 @@ from torch import Tensor
 from parabola.blocks import Bucket, state_dtype
 from parabola.curvature.feed import Vector
 from parabola.distributed import header
+from parabola.distributed.consolidate import consolidate
 from parabola.distributed.division import divide
 from parabola.distributed.exchange import Intake, Local, Verdict, coupled, move
 from parabola.distributed.mail import Mail, Piece
+from parabola.distributed.shards import Shards
 from parabola.distributed.survey import survey
 from parabola.distributed.transfers import Transfer
 from parabola.geometry import local, local_box
@@ -41,6 +43,8 @@ class Owners(Local):
         ValueError: on every rank, where they do not agree on the model or its options.
     """
 
+    alone = False
+
     def __init__(
         self,
         method: Method,
@@ -55,7 +59,8 @@ class Owners(Local):
         self._rosters = [roster(method, group) for group in groups]
         self._params = [[local(p) for p in found.params] for found in self._rosters]
         self._boxes = [[local_box(p) for p in found.params] for found in self._rosters]
-        held = survey(groups, self._rosters, ranks)
+        self._held = held = survey(groups, self._rosters, ranks)
+        self._shards: list[Shards] = []
         known = previous.known() if isinstance(previous, Owners) else {}
         self.division = divide(
             method, groups, self._rosters, held, dist.get_world_size(ranks), known
@@ -67,6 +72,7 @@ class Owners(Local):
         self._open = False
         self._intakes: Sequence[Intake] = []
         self._verdicts: list[Verdict] = []
+        self._sent_before = 0
         self._ready: dict[int, Tensor] = {}
 
     def serves(self, groups: Sequence[Mapping[str, Any]]) -> bool:
@@ -103,6 +109,17 @@ class Owners(Local):
                     own, mine = self.division.tiles[i], self.division.owners[i] == self._rank
                     found.append(Share(slot, self._stand_ins[i], own, first, mine))
                     first += own.rows
+        return found
+
+    def shards(self, index: int, slots: Sequence[int]) -> Shards:
+        """The boxes of these parameters on all ranks; what is sent for them counts here too."""
+        params = self._rosters[index].params
+        found = Shards(
+            self._ranks,
+            [tuple(params[slot].shape) for slot in slots],
+            [self._held[index][slot] for slot in slots],
+        )
+        self._shards.append(found)
         return found
 
     @contextmanager
@@ -148,6 +165,7 @@ class Owners(Local):
                 whole = self._joined(i, [(t, tensors[vector]) for t, tensors in parts])
                 self._spreads[index][vector].parts[key] = whole
         self._open = True
+        self._sent_before = sum(shards.sent for shards in self._shards)
         return self._verdicts
 
     def collect(self, bucket: Bucket, grads: Sequence[Tensor], options: Options) -> Tensor:
@@ -188,6 +206,7 @@ class Owners(Local):
             if own and not verdict.bad:
                 params = [self._here(t, self._params) for t, _ in own]
                 move(params, [d for _, d in own], intake.group)
+        self.sent += sum(shards.sent for shards in self._shards) - self._sent_before
         self._ready, self._intakes = {}, []
         super().close()
 
@@ -202,6 +221,10 @@ class Owners(Local):
         box = torch.tensor(flag, dtype=torch.int32, device=self._device)
         dist.all_reduce(box, dist.ReduceOp.MIN, group=self._ranks)
         return bool(box)
+
+    def consolidate(self, state_dict: dict[str, Any], to: int | None) -> dict[str, Any] | None:
+        """See `parabola.distributed.consolidate`."""
+        return consolidate(state_dict, to, self._ranks)
 
     @property
     def _device(self) -> torch.device:
