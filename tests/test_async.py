@@ -2,7 +2,6 @@
 """Refreshes on host threads: when results are used does not depend on when they are there."""
 
 import random
-import threading
 import time
 from typing import ClassVar
 
@@ -16,6 +15,7 @@ from oracles.async_shampoo import AsyncShampooOracle
 from oracles.shampoo import ShampooOracle
 from parabola import SOAP, Diagonal, Shampoo, host
 from parabola.axes import index
+from parabola.latency import Warmup
 from parabola.methods.diagonal_method import DiagonalMethod
 from parabola.methods.shampoo import ShampooMethod
 
@@ -211,16 +211,6 @@ def test_columns_of_a_null_space_stay_where_they_are():
     assert min(angles[2:]) > 0.99
 
 
-def test_a_late_result_is_waited_for_and_the_wait_is_counted(delayed):
-    host.configure(workers=1)
-    delayed(0.02)
-    optimizer, params = started(Shampoo, {"latency": 1, "start_step": 0})
-    train(optimizer, params, 6)
-    stats = optimizer.stats
-    assert stats["stalls"] > 0 and stats["stall_seconds"] > 0
-    assert type(stats["stalls"]) is int and type(stats["stall_seconds"]) is float
-
-
 class Gate:
     """Jobs that finish when they are told to."""
 
@@ -235,6 +225,16 @@ class Gate:
 
         monkeypatch.setattr(ShampooMethod, "refresh", gated)
 
+    def open_when_waited_for(self, monkeypatch):
+        """Not before somebody waits."""
+        plain = host._Pool.wait
+
+        def waiting(pool, ticket):
+            self.open = True
+            plain(pool, ticket)
+
+        monkeypatch.setattr(host._Pool, "wait", waiting)
+
     def settle(self, optimizer):
         """Let everything in flight finish."""
         self.open = True
@@ -242,6 +242,20 @@ class Gate:
             for bucket in layout.buckets:
                 for held in bucket.tickets.values():
                     held.ticket.result()
+
+
+def test_a_late_result_is_waited_for_and_the_wait_is_counted(monkeypatch):
+    gate = Gate(monkeypatch)
+    optimizer, params = started(Shampoo, {"latency": 1, "start_step": 0}, ((4, 4),))
+    gate.open = False
+    train(optimizer, params, 1)
+    stats = optimizer.stats
+    assert stats["stalls"] == stats["stall_seconds"] == 0
+    gate.open_when_waited_for(monkeypatch)
+    train(optimizer, params, range(1, 2))
+    assert stats["stalls"] > 0 and stats["stall_seconds"] > 0
+    assert optimizer.state[params[0]]["b0/refreshed"].tolist() == [1, 1]
+    assert type(stats["stalls"]) is int and type(stats["stall_seconds"]) is float
 
 
 def test_within_its_bound_a_late_result_is_used_when_it_comes(monkeypatch):
@@ -267,7 +281,7 @@ def test_beyond_its_bound_a_late_result_is_waited_for(monkeypatch):
     train(optimizer, params, 3)
     assert optimizer.stats["stalls"] == 0
     assert optimizer.stats["skipped_refreshes"] > 0  # due while the last one was under way
-    threading.Timer(0.05, lambda: setattr(gate, "open", True)).start()
+    gate.open_when_waited_for(monkeypatch)
     train(optimizer, params, range(3, 4))
     state = optimizer.state[params[0]]
     assert optimizer.stats["stalls"] > 0
@@ -398,15 +412,42 @@ class TestAutomaticLatency:
         assert values[:12] == ["auto"] * 12  # three times update_every
         assert values[12] in range(1, 5) and set(values[12:]) == {values[12]}
 
-    def test_it_covers_what_jobs_take_and_no_more(self, delayed, monkeypatch):
-        """Steps of 10 ms and jobs of up to 15 ms: two steps, whatever the machine adds."""
-        host.configure(workers=4)
-        delayed(0.015, seed=1)
-        optimizer, params = started(Shampoo, self.OPTIONS, ((4, 4),))
-        for step in range(14):
-            time.sleep(0.01)
-            train(optimizer, params, range(step, step + 1))
-        assert optimizer.param_groups[0]["latency"] in (1, 2, 3)
+    @pytest.mark.parametrize(
+        ("waited", "worked", "latency"),
+        [
+            ([0.001] * 20, 0.001, 1),
+            ([0.025] * 20, 0.001, 3),
+            ([0.015] * 19 + [9.0], 0.001, 2),  # one in twenty may be late
+            ([0.9] * 20, 0.001, 8),
+        ],
+    )
+    def test_it_covers_what_jobs_take_and_no_more(self, waited, worked, latency, monkeypatch):
+        """Steps of 10 ms, on a clock of the test's own."""
+        assert self.decided(waited, worked, monkeypatch) == latency
+
+    def test_stalls_are_no_part_of_a_step(self, monkeypatch):
+        assert self.decided([0.025] * 20, 0.001, monkeypatch, stall=5.0) == 3
+
+    def test_slow_threads_are_told_and_the_latency_is_the_longest(self, monkeypatch):
+        """40 ms of work for each of twenty factors in a period of 80 ms, with one thread."""
+        host.configure(workers=1)
+        with pytest.warns(RuntimeWarning, match=r"take 0.8 s of work.*Raise update_every to 80"):
+            assert self.decided([0.01] * 20, 0.04, monkeypatch) == 8
+
+    @staticmethod
+    def decided(waited, worked, monkeypatch, stall=0.0):
+        now, group = [100.0], {"update_every": 8, "start_step": 0, "max_latency": None}
+        monkeypatch.setattr("parabola.latency.time.monotonic", lambda: now[0])
+        warmup, stats = Warmup(), {"stall_seconds": 0.0}
+        for step in range(1, 3 * 8 + 2):
+            warmup.tick(group, step, stats, lambda value: value)
+            now[0] += 0.01 + stall
+            stats["stall_seconds"] += stall
+            if step == 16:
+                warmup.jobs.append((1e6, 1e6))  # of a period that does not count
+            if step == 18:
+                warmup.jobs.extend((seconds, worked) for seconds in waited)
+        return group["latency"]
 
     def test_processes_agree_on_it_once(self, monkeypatch):
         asked = []
@@ -430,13 +471,6 @@ class TestAutomaticLatency:
             assert values[-1] == 2
             reference = reference or params
             assert_same(params, reference)
-
-    def test_slow_threads_are_told_once_and_the_latency_is_the_longest(self, delayed):
-        host.configure(workers=1)
-        delayed(0.04)
-        with pytest.warns(RuntimeWarning, match="host threads are too slow") as caught:
-            _, _, values = self.trained(16)
-        assert values[-1] == 4 and len(caught) == 1
 
     def test_a_bound_holds_for_it(self, delayed):
         delayed(0.02)

@@ -34,10 +34,11 @@ PIECE = {"cpu": 1 << 18, "other": 1 << 24}
 
 
 class Held(NamedTuple):
-    """A refresh in flight: the step of its snapshot, and the job."""
+    """A refresh in flight: step of its snapshot, job, whether its result is in the state too."""
 
     stamp: int
     ticket: Ticket[Any]
+    landed: bool = False
 
 
 @dataclass

@@ -83,5 +83,5 @@ class Warmup:
                 stacklevel=7,
             )
             return most
-        late = waited[min(int(COVERED * len(waited)), len(waited) - 1)]
+        late = waited[ceil(COVERED * len(waited)) - 1]
         return max(1, min(ceil(late / step), most))

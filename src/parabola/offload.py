@@ -216,12 +216,16 @@ def _take(
             bucket.times.append((held.ticket.waited, held.ticket.worked or 0.0))
     index = torch.tensor(rows, device="cpu")
     stamps = bucket.pending[index, column].abs()
+    tensors = {name: torch.cat(values) for name, values in pieces.items()}
     for row in rows:
-        bucket.tickets.pop((row, column), None)
+        held = bucket.tickets.pop((row, column), None)
+        if held is None or held.landed:
+            for name in names:  # nothing is left to be taken for a result
+                bucket.state[name + NEXT][row].zero_()
     bucket.pending[index, column] = 0
     fresh = stamps > bucket.refreshed[index, column]
     result = Refreshed(
-        {name: torch.cat(values) for name, values in pieces.items()},
+        tensors,
         torch.tensor([x.ok for x in found], device="cpu"),
         torch.tensor([x.retries for x in found], device="cpu"),
         torch.tensor([x.residual for x in found], dtype=torch.float64, device="cpu"),
@@ -280,3 +284,4 @@ def land(method: Method, bucket: Bucket, options: Options, stats: Stats) -> None
             for name in method.outputs(factor, options) if solved.ok else ():
                 bucket.state[name + NEXT][row].copy_(solved.tensors[name][0])
             bucket.pending[row, column] = held.stamp if solved.ok else -held.stamp
+            bucket.tickets[row, column] = held._replace(landed=True)
