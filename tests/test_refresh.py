@@ -24,7 +24,7 @@ def test_a_solver_on_another_thread_gives_the_same_run(monkeypatch):
             return pool.submit(solve, method, job).result()
 
         monkeypatch.setattr(
-            parabola.optimizer, "refresh", lambda *args: refresh(*args, solver=elsewhere)
+            parabola.optimizer, "refresh", lambda *args: refresh(*args[:-1], elsewhere)
         )
         train(threaded, there, 8)
     assert_same(here, there)

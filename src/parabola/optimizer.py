@@ -162,7 +162,7 @@ class SecondOrder(Optimizer):
                 if options.get("refresh") == "async":
                     offload.refresh(method, bucket, options, self.stats)
                 else:
-                    refresh(method, bucket, g, options, self.stats)
+                    refresh(method, bucket, g, options, self.stats, self._exchange.solve)
                 g = method.project(bucket.state, g, block, options)
                 if vectors:
                     given = [method.project(bucket.state, h, block, options) for h in given]

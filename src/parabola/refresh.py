@@ -115,7 +115,7 @@ def refresh(
     g: Tensor,
     options: Options,
     stats: Stats,
-    solver: Solver = solve,
+    solver: Solver,
 ) -> None:
     """Bring every due factor of a bucket up to date."""
     for job in snapshot(method, bucket, g, options):

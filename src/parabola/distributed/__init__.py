@@ -7,6 +7,7 @@ from typing import Any
 from parabola.distributed.exchange import Exchange, Intake, Local, Spread, Verdict
 from parabola.distributed.owners import Owners
 from parabola.distributed.ranks import ranks_of
+from parabola.distributed.roots import Roots
 from parabola.method import Method
 
 __all__ = ["Exchange", "Intake", "Local", "Spread", "Verdict", "connect"]
@@ -26,4 +27,7 @@ def connect(
         ValueError: the processes do not agree on the model or its options.
     """
     ranks = ranks_of(groups)
-    return Local() if ranks is None else Owners(method, groups, ranks, previous)
+    if ranks is None:
+        return Local()
+    kind = Roots if groups[0]["distributed"] == "roots" else Owners
+    return kind(method, groups, ranks, previous)

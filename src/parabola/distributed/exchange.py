@@ -17,7 +17,8 @@ from parabola.curvature.feed import Vector
 from parabola.distributed.ranks import ranks_of
 from parabola.distributed.shards import Shards
 from parabola.layout import Roster, own_shares
-from parabola.method import Options
+from parabola.method import Method, Options, Refreshed
+from parabola.refresh import Job, solve
 from parabola.tiles import Member, Share
 
 
@@ -123,6 +124,10 @@ class Exchange(Protocol):
         """The gradients of a bucket's members as its stack ``(n, *block)``."""
         ...
 
+    def solve(self, method: Method, job: Job) -> Refreshed:
+        """Compute what is due of some rows of a bucket."""
+        ...
+
     def deliver(self, bucket: Bucket, d: Tensor, options: Options) -> None:
         """Move the parameters of a bucket along its directions ``(n, *block)``."""
         ...
@@ -205,6 +210,10 @@ class Local:
         if coupled(options):
             bucket.add(g, bucket.params, alpha=options["weight_decay"])
         return g
+
+    def solve(self, method: Method, job: Job) -> Refreshed:
+        """Here and now."""
+        return solve(method, job)
 
     def deliver(self, bucket: Bucket, d: Tensor, options: Options) -> None:
         """Move at once; ``d`` is used up."""

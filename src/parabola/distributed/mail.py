@@ -78,6 +78,15 @@ class Mail:
         return torch.stack(headers).cpu(), _views(inbox, self._in) if keep else []
 
 
+def gather(x: Tensor, group: "dist.ProcessGroup") -> Tensor:
+    """The tensors of all ranks, equal in shape: ``(ranks, *x.shape)``."""
+    into = x.new_empty(dist.get_world_size(group), *x.shape)
+    # Its newer name, where there is one: the older one warns there.
+    collective = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    collective(into.view(-1), x.contiguous().view(-1), group=group)
+    return into
+
+
 _Placed = list[tuple[Piece, int]]
 """Pieces with their offset in bytes."""
 

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parabola.distributed.halos import FLOAT64, Edges, distinct, edges
+from parabola.distributed.mail import gather
 from parabola.geometry import Box
 
 if TYPE_CHECKING:
@@ -224,9 +225,5 @@ def totals(parts: Sequence[tuple[Shards, Tensor]]) -> list[Tensor]:
 
 def _gathered(shards: Shards, x: Tensor) -> Tensor:
     """Every rank's own ``(n,)`` numbers, ``(ranks, n)``."""
-    into = x.new_empty(shards.world * len(x))
-    # Its newer name, where there is one: the older one warns there.
-    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    gather(into, x, group=shards.group)
     shards._sent[0] += FLOAT64 * len(x) * (shards.world - 1)
-    return into.view(shards.world, -1)
+    return gather(x, shards.group)
