@@ -26,6 +26,8 @@ LOCAL = ("sonew", "ginger", "diagonal-adamw", "diagonal-newton", "sophia")
 
 Ginger's inner products depend on where a gradient lies in memory.
 """
+DAMPING = {"shampoo": 1e-3, "ginger": 0.1}
+"""With less, the last bit of a statistic is amplified by more than a thousand."""
 
 
 @dataclass(frozen=True)
@@ -82,8 +84,9 @@ class Spec:
             options["distributed"] = distributed
         if row.takes("block_size"):
             options.setdefault("block_size", 16 if self.net == "even" else 4)
-        if self.method.startswith("shampoo"):
-            options.setdefault("damping", 1e-3)  # a root amplifies the last bit of its statistic
+        for name, damping in DAMPING.items():
+            if self.method.startswith(name):
+                options.setdefault("damping", damping)
         named = list(model.named_parameters())
         if self.late:
             named = named[:-2]

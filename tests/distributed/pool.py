@@ -190,6 +190,7 @@ class Pool:
 def _serve(connection: Connection, folder: str) -> None:
     """The life of a worker: cases come in, results go out."""
     torch.set_num_threads(1)
+    gc.freeze()  # what was imported lives for ever: not to be looked at again after every case
     with (Path(folder) / f"stack{os.getpid()}").open("w") as stack:
         faulthandler.register(signal.SIGUSR1, file=stack)
         while True:
@@ -220,6 +221,7 @@ def _answer(job: bytes, call: bytes) -> bytes:
                     world_size=size,
                     timeout=timedelta(seconds=seconds),
                 )
+                dist.barrier()  # or a short case could end while others still connect
             reply = pickle.dumps((True, case(**kwargs)))
         except BaseException:
             failure = traceback.format_exc()
