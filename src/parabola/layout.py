@@ -258,7 +258,7 @@ class Layout:
         self._adopt(state, bookkeeping(group))
         clock = self.steps.tolist()
         for (bucket, its_options), rows in zip(both, lost, strict=True):
-            if any(map(len, rows.values())) and bool(bucket.refreshed.any()):
+            if any(map(len, rows.values())):
                 bucket.t = _rows_clock([clock[slot] for slot in bucket.slots], bucket.splits)
                 recompute(method, bucket, rows, its_options)
         if previous is not None:

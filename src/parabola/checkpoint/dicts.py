@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from parabola.checkpoint.recut import recut
-from parabola.layout import HOST, PENDING, entries, factors, numbers, options_of, routes_of
+from parabola.layout import HOST, entries, factors, numbers, options_of, routes_of
 from parabola.method import Method, Options
 from parabola.offload import NEXT
 from parabola.optimizer import SecondOrder
@@ -59,18 +59,18 @@ def slim(opt: SecondOrder, state_dict: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def derived(opt: SecondOrder) -> set[str]:
-    """Names of the entries that a refresh computes from statistics, and of refreshes under way."""
+    """Names of the entries that a refresh computes from statistics."""
     method = opt.method
-    found = {
+    return {
         key
         for group in opt.param_groups
         for route in routes_of(method, group)
         for tile in route.tiles
         if tile.block.shape and tile.block.treated
         for factor in method.factors(tile.block, options_of(method, tile.block, group))
-        for key in method.derived(factor)
+        for root in method.derived(factor)
+        for key in (root, root + NEXT)
     }
-    return found | {key + NEXT for key in found} | ({PENDING} if found else set())
 
 
 def reblock(opt: SecondOrder, state_dict: Mapping[str, Any]) -> dict[str, Any]:
@@ -80,7 +80,7 @@ def reblock(opt: SecondOrder, state_dict: Mapping[str, Any]) -> dict[str, Any]:
     them and adds along the other axes, splitting slices them and divides by shares of the trace.
     Shampoo's roots are computed anew from them before the next step; Jorge's are those of the
     statistics of which the old ones are roots; eigenbases are computed anew, first moments turned
-    into them exactly, and second moments start from the product of the factors' spectra.
+    into them exactly, and second moments carried over as at any change of basis.
     Parameters whose blocks are the same keep all they have.
 
     Args:
@@ -182,20 +182,26 @@ class Job:
     after: Options
 
     def keys(self, parts: Iterable[int]) -> dict[str, tuple[int, ...]]:
-        """Keys of all that is needed, and the shape of each."""
+        """Keys of all that is needed, and the shape of each.
+
+        Not of what can be computed, nor of results that are not in use yet.
+        """
         block = self.old.block
         shapes = {key: e.shape for key, e in entries(self.method, block, self.before).items()}
         shapes |= dict.fromkeys(numbers(self.method, block, self.before), ())
         columns = factors(self.method, block, options_of(self.method, block, self.before))
         shapes |= dict.fromkeys(HOST if columns else (), (len(columns),))
-        for key in {key for factor in columns for key in self.method.derived(factor)}:
-            del shapes[key]
-        shapes = {key: shape for key, shape in shapes.items() if not key.endswith(NEXT)}
+        derived = {key for factor in columns for key in self.method.derived(factor)}
         return {
             f"b{i}/{key}": shape
-            for i in _blocks(parts, self.first_old, self.old)
+            for i in self.blocks(parts)
             for key, shape in shapes.items()
+            if key not in derived and not key.endswith(NEXT)
         }
+
+    def blocks(self, parts: Iterable[int]) -> list[int]:
+        """The old blocks of some parts."""
+        return _blocks(parts, self.first_old, self.old)
 
     def check(self, blocks: Mapping[str, Tensor], parts: Iterable[int]) -> None:
         """Raise ValueError where something is missing, or of another shape."""
@@ -213,7 +219,7 @@ class Job:
         """The new blocks of these parts, under their keys."""
         parts = list(parts)
         names = dict.fromkeys(key.split("/")[1] for key in self.keys(parts[:1]))
-        rows = _blocks(parts, self.first_old, self.old)
+        rows = self.blocks(parts)
         state = {name: torch.stack([blocks[f"b{i}/{name}"] for i in rows]) for name in names}
         before = options_of(self.method, self.old.block, self.before)
         after = options_of(self.method, self.new.block, self.after)
