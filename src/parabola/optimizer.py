@@ -36,13 +36,14 @@ from parabola.distributed import Exchange, Intake, Local, Spread, Verdict, conne
 from parabola.distributed.forecast import Rank, forecast, simulate
 from parabola.geometry import gradient
 from parabola.kernels import Elements
-from parabola.layout import Layout, entries, names_of, options_of, routes_of, wanted
+from parabola.layout import Layout
 from parabola.linalg import full_precision
 from parabola.method import ChainMethod, Method, Options, SpanMethod
 from parabola.options import frozen, validate
 from parabola.plan import Plan, plan_groups
 from parabola.refresh import refresh
 from parabola.schedule import ready
+from parabola.treatment import entries, names_of, options_of, routes_of, wanted
 
 Vectors = Sequence[Sequence[Tensor]]
 """Vectors that a bucket takes in: each one tensor a member."""

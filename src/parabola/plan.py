@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from parabola import layout
+from parabola import treatment
 from parabola.distributed.forecast import Rank, simulate
 from parabola.method import ChainMethod, Method
 from parabola.routing import Route
@@ -208,31 +208,31 @@ def plan_groups(
     """The plan of complete parameter groups, and of the processes that share them."""
     rows = []
     for group in groups:
-        names, routes = layout.names_of(group), layout.routes_of(method, group)
+        names, routes = treatment.names_of(group), treatment.routes_of(method, group)
         for name, route, p in zip(names, routes, group["params"], strict=True):
             rows.append(_row(method, group, name, route, p))
     return Plan(tuple(rows), ranks)
 
 
 def _row(method: Method, group: Mapping[str, Any], name: str, route: Route, p: Tensor) -> Row:
-    if not layout.wanted(p):
+    if not treatment.wanted(p):
         return Row(name, tuple(p.shape), "none", "frozen", 0, p.numel(), p.nbytes, 0, 0.0, 0.0)
-    state = layout.STEP_BYTES
+    state = treatment.STEP_BYTES
     step = refresh = 0.0
     shapes = []
     for tile in route.tiles:
-        state += layout.tile_bytes(method, tile, group, p)
+        state += treatment.tile_bytes(method, tile, group, p)
         if tile.block.treated:
             cost = method.cost(tile.block, group)
             step, refresh = step + tile.rows * cost.step, refresh + tile.rows * cost.refresh
             shapes.append(_words(method, group, tile, p))
     blocks = sum(tile.rows for tile in route.tiles if tile.block.axes and tile.block.shape)
     graft = method.settings(group)["graft"]
-    treatment = " + ".join(shapes) or (f"graft ({graft})" if graft else "the gradient itself")
+    words = " + ".join(shapes) or (f"graft ({graft})" if graft else "the gradient itself")
     return Row(
         name=name,
         shape=tuple(p.shape),
-        treatment=treatment,
+        treatment=words,
         reason=route.reason,
         blocks=blocks,
         numel=p.numel(),

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from parabola.checkpoint.recut import recut
-from parabola.layout import HOST, entries, factors, numbers, options_of, routes_of
 from parabola.method import Method, Options
 from parabola.offload import NEXT
 from parabola.optimizer import SecondOrder
 from parabola.routing import Route
 from parabola.tiles import Tile
+from parabola.treatment import HOST, entries, factors, numbers, options_of, routes_of
 
 BLOCK = re.compile(r"b(\d+)/(.+)")
 """A key of ``optimizer.state[p]`` that belongs to one block: its index, and the entry's name."""

@@ -23,8 +23,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from parabola.checkpoint import dicts
-from parabola.layout import HOST, PENDING
 from parabola.optimizer import SecondOrder
+from parabola.treatment import HOST, PENDING
 
 STATE, GROUPS = "optimizer.state.", "optimizer.param_groups."
 """What the keys of a directory begin with; the name of the parameter, or its place, follows."""

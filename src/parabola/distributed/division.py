@@ -18,9 +18,9 @@ from parabola.distributed import header
 from parabola.distributed.balance import Load, assign
 from parabola.distributed.transfers import Transfer, Unit, inward, outward, padded, size
 from parabola.geometry import Box, whole
-from parabola.layout import Roster, tile_bytes
 from parabola.method import Method
 from parabola.tiles import Tile
+from parabola.treatment import Roster, tile_bytes
 
 Held = Sequence[Sequence[Sequence[Box]]]
 """For every group, parameter and rank: which piece of it the rank holds."""

@@ -16,10 +16,10 @@ from parabola.blocks import Bucket
 from parabola.curvature.feed import Vector
 from parabola.distributed.ranks import ranks_of
 from parabola.distributed.shards import Shards
-from parabola.layout import Roster, own_shares
 from parabola.method import Method, Options, Refreshed
 from parabola.refresh import Job, solve
 from parabola.tiles import Member, Share
+from parabola.treatment import Roster, own_shares
 
 if TYPE_CHECKING:
     from parabola.distributed.division import Division, Held

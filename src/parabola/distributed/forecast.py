@@ -11,14 +11,14 @@ from typing import Any
 
 from torch import Tensor
 
-from parabola import layout
+from parabola import treatment
 from parabola.blocks import state_dtype
 from parabola.distributed.division import Division, Held, divide
 from parabola.distributed.halos import traffic
 from parabola.geometry import Box, chunk, whole
-from parabola.layout import Roster
 from parabola.method import ChainMethod, Method, Options, SpanMethod
 from parabola.tiles import Tile
+from parabola.treatment import Roster
 
 
 @dataclass
@@ -47,7 +47,7 @@ class Rank:
 
     def take(self, method: Method, tile: Tile, group: Options, p: Tensor) -> None:
         """Count the state and the work of a tile."""
-        self.state_bytes += layout.tile_bytes(method, tile, group, p)
+        self.state_bytes += treatment.tile_bytes(method, tile, group, p)
         if tile.block.treated:
             cost = method.cost(tile.block, group)
             self.step_flops += tile.rows * cost.step
@@ -75,7 +75,7 @@ def simulate(
             )
         (alone,) = simulate(method, [{**group, "distributed": "auto"} for group in groups])
         return tuple(replace(alone, rank=rank) for rank in range(replicas))
-    rosters = [layout.roster(method, group) for group in groups]
+    rosters = [treatment.roster(method, group) for group in groups]
     held = [
         [
             [chunk(tuple(p.shape), shards, shard) for shard in range(shards)] * replicas
@@ -108,7 +108,7 @@ def forecast(
     """
     world = len(division.loads)
     found = [Rank(rank) for rank in range(world)]
-    rosters = [layout.roster(method, group) for group in groups]
+    rosters = [treatment.roster(method, group) for group in groups]
     for unit, tile, owner in zip(division.units, division.tiles, division.owners, strict=True):
         p = rosters[unit.group].params[unit.slot]
         found[owner].take(method, tile, groups[unit.group], p)
@@ -117,7 +117,7 @@ def forecast(
         for slot, (p, route) in enumerate(zip(roster.params, roster.routes, strict=True)):
             for rank, box in zip(found, held[index][slot], strict=True):
                 rank.param_bytes += box.numel * p.element_size()
-                rank.state_bytes += layout.STEP_BYTES
+                rank.state_bytes += treatment.STEP_BYTES
                 for tile in route.tiles:
                     if not tile.block.shape:
                         rank.take(method, replace(tile, merged=(box.numel,)), group, p)
@@ -171,7 +171,7 @@ def _add_shards(
                 key = (tuple(p.shape), tuple(boxes), state_dtype(p).itemsize, tile.chain, tile)
                 counts[key] = counts.get(key, 0) + 1
     for (shape, boxes, itemsize, chain, tile), count in counts.items():
-        options = layout.options_of(method, tile.block, group)
+        options = treatment.options_of(method, tile.block, group)
         band = method.halo(options) if isinstance(method, ChainMethod) else 0
         for rank in found:
             rank.sent_bytes += count * traffic(
@@ -181,7 +181,7 @@ def _add_shards(
                 sums=_sums(method, tile, options, vectors),
                 chains=[chain] if band else (),
                 band=band,
-                fields=1 + len(layout.entries(method, tile.block, group)),
+                fields=1 + len(treatment.entries(method, tile.block, group)),
                 itemsize=itemsize,
             )
 
@@ -195,4 +195,4 @@ def _sums(method: Method, tile: Tile, options: Options, vectors: int) -> int:
         columns = int(options["rank"]) + vectors + 1
         return columns**2 + lengths
     measured = vectors > 0 or not method.fed(options)
-    return int(measured and "mean" in layout.numbers(method, tile.block, options))
+    return int(measured and "mean" in treatment.numbers(method, tile.block, options))

@@ -25,9 +25,9 @@ from parabola.distributed.shards import Shards
 from parabola.distributed.survey import survey
 from parabola.distributed.transfers import Transfer
 from parabola.geometry import local, local_box
-from parabola.layout import Roster, local_share, roster, signature, wanted
 from parabola.method import Method, Options
 from parabola.tiles import Share
+from parabola.treatment import Roster, local_share, roster, signature, wanted
 
 
 class Owners(Local):
