@@ -89,6 +89,26 @@ def test_other_blocks_on_other_ranks_are_those_of_one_process(pool, method, tmp_
         assert_same(found, expected)
 
 
+def alone(folder):
+    """A case: a process that shares nothing and says so."""
+    spec = Spec("shampoo-adam", "ddp", net="odd", options=options_of("shampoo-adam"))
+    model = spec.model()
+    optimizer = spec.optimizer(model, None)
+    nets.loss(model, 1).backward()
+    optimizer.step()
+    checkpoint.save(folder, model, optimizer)
+    return seen(model, optimizer)
+
+
+def test_a_run_that_shared_nothing_goes_on_where_blocks_have_owners(pool, tmp_path):
+    saved = pool.run(alone, world_size=0, folder=tmp_path)
+    spec = Spec("shampoo-adam", "ddp", net="odd", options=options_of("shampoo-adam"))
+    results = pool.run(
+        hop, world_size=2, spec=spec, wrapper="fsdp", source=tmp_path, target=None, start=2, stop=3
+    )
+    assert_same(whole([loaded for loaded, _ in results]), whole(saved))
+
+
 def slim(source, target):
     """A case: write without roots, or read that and go on."""
     options = {"update_every": 1, "start_step": 2}

@@ -89,8 +89,8 @@ def reblock(opt: SecondOrder, state_dict: Mapping[str, Any]) -> dict[str, Any]:
             what ``get_optimizer_state_dict`` returns in one process, not flattened.
 
     Returns:
-        A new state dict, with the ``block_size`` of ``opt`` in its groups and all other keywords as
-        they were saved.
+        A new state dict, with the ``block_size`` and ``distributed`` of ``opt`` in its groups and
+        all other keywords as they were saved.
 
     Raises:
         ValueError: a block is missing, or belongs to another shape.
@@ -122,15 +122,16 @@ def reblock(opt: SecondOrder, state_dict: Mapping[str, Any]) -> dict[str, Any]:
                     job.check(blocks, parts)
                     own |= job.run(blocks, parts)
                 state[name] = own
-        groups.append({**saved, **recutting.size})
+        groups.append({**saved, **recutting.kept})
     return {**state_dict, "state": state, "param_groups": groups}
 
 
 class Recutting:
-    """The saved keywords of a parameter group, with the block size of an optimizer.
+    """The saved keywords of a parameter group, with some of an optimizer's own.
 
     Attributes:
-        size: The ``block_size``, where there is one.
+        kept: What the optimizer keeps: its ``block_size``, names of parameters, and
+            ``distributed``, which belongs to the job that loads.
         before: The keywords under which the state was saved.
         after: Those under which it is loaded.
         routes: Treatments of all parameters, before and after.
@@ -140,10 +141,11 @@ class Recutting:
         self, opt: SecondOrder, saved: Mapping[str, Any], group: Mapping[str, Any]
     ) -> None:
         self._method = opt.method
-        self.size = {key: group[key] for key in ("block_size",) if key in group}
-        own = {key: group[key] for key in ("params", "param_names") if key in group}
-        self.before = {**opt.defaults, **saved, **own}
-        self.after = {**self.before, **self.size}
+        kept = ("block_size", "distributed", "param_names")
+        self.kept = {key: group[key] for key in kept if key in group}
+        names = {"param_names": group.get("param_names"), "params": group["params"]}
+        self.before = {**opt.defaults, **saved, **names}
+        self.after = {**self.before, **self.kept}
         self.routes = [routes_of(self._method, g) for g in (self.before, self.after)]
 
     def jobs(self, name: str, old: Route, new: Route) -> "Iterator[Job]":

@@ -61,9 +61,9 @@ def load(path: str | os.PathLike[str], model: nn.Module, opt: SecondOrder) -> No
 
     Every rank reads what it needs: its shards, and the blocks that it owns. Blocks of another
     ``block_size`` are read part by part and recut, see `parabola.checkpoint.reblock`. Keywords are
-    those of the checkpoint, except for ``block_size`` and names. Directories that others wrote
-    with the state dicts under ``"model"`` and ``"optimizer"`` are read as well, with a flattened
-    optimizer state or not. A collective where a process group exists.
+    those of the checkpoint, except for ``block_size``, ``distributed`` and names. Directories that
+    others wrote with the state dicts under ``"model"`` and ``"optimizer"`` are read as well, with a
+    flattened optimizer state or not. A collective where a process group exists.
 
     Args:
         path: The directory.
@@ -92,7 +92,7 @@ def load(path: str | os.PathLike[str], model: nn.Module, opt: SecondOrder) -> No
             continue
         first = saved[offered["params"][0]]
         recutting = dicts.Recutting(opt, first, group)
-        reading.groups.append({**first, **recutting.size, "params": offered["params"]})
+        reading.groups.append({**first, **recutting.kept, "params": offered["params"]})
         rows = zip(offered["params"], group["params"], *recutting.routes, strict=True)
         for name, p, old, new in rows:
             if name in current["state"]:
