@@ -33,6 +33,7 @@ from parabola import chains, faults, grafting, metrics, offload, spans
 from parabola.blocks import Bucket
 from parabola.curvature.feed import Feed, captured
 from parabola.distributed import Exchange, Intake, Local, Spread, Verdict, connect
+from parabola.distributed.forecast import Rank, forecast, simulate
 from parabola.geometry import gradient
 from parabola.kernels import Elements
 from parabola.layout import Layout, entries, names_of, options_of, routes_of, wanted
@@ -426,9 +427,23 @@ class SecondOrder(Optimizer):
                 group = self.param_groups[index]
                 self._layout(index, group).land(group, self.stats)
 
-    def plan(self) -> Plan:
-        """What every parameter gets, why, and what it costs; ``print(opt.plan())`` is a table."""
-        return plan_groups(self.method, self.param_groups)
+    def plan(self, vectors: int = 0) -> Plan:
+        """What every parameter gets, why, and what it costs; ``print(opt.plan())`` is a table.
+
+        With several processes a collective call before the first step: what each of them will do.
+
+        Args:
+            vectors: How many curvature vectors come into the step whose messages are counted.
+        """
+        return plan_groups(self.method, self.param_groups, self._ranks(vectors))
+
+    def _ranks(self, vectors: int) -> tuple[Rank, ...]:
+        """What every process of this run does."""
+        divided = self._connected().divided()
+        if divided is None:
+            return simulate(self.method, self.param_groups, vectors=vectors)
+        division, held = divided
+        return forecast(self.method, self.param_groups, held, division, vectors)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group, at any time; see ``torch.optim.Optimizer.add_param_group``.
