@@ -11,6 +11,7 @@ seconds come from the rates below, which are assumptions.
 import argparse
 import re
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,17 +38,17 @@ class Contender(NamedTuple):
 
     name: str
     cls: type[SecondOrder]
-    options: dict[str, str] = {}
+    options: Mapping[str, str]
     refresh: float = DECOMPOSITIONS
 
 
 CONTENDERS = (
     Contender("AdamW", parabola.Shampoo, {"axes": "skip"}),  # the engine's graft, and no blocks
-    Contender("Shampoo", parabola.Shampoo),
-    Contender("SOAP", parabola.SOAP),
-    Contender("Jorge", parabola.Jorge, refresh=FLOPS),  # products, no decomposition
-    Contender("SONew", parabola.SONew),
-    Contender("Ginger", parabola.Ginger),
+    Contender("Shampoo", parabola.Shampoo, {}),
+    Contender("SOAP", parabola.SOAP, {}),
+    Contender("Jorge", parabola.Jorge, {}, FLOPS),  # products, no decomposition
+    Contender("SONew", parabola.SONew, {}),
+    Contender("Ginger", parabola.Ginger, {}),
 )
 
 
@@ -62,11 +63,16 @@ def row(contender: Contender, plan: Plan, model_seconds: float) -> list[str]:
         number(max(rank.refresh_flops_per_step for rank in ranks) / 1e12),
         amount(max(rank.sent_bytes for rank in ranks)),
         amount(max(rank.message_bytes for rank in ranks)),
-        number(1e3 * seconds.refresh),
-        number(1e3 * seconds.apply),
-        number(1e3 * seconds.traffic),
+        small(seconds.refresh),
+        small(seconds.apply),
+        small(seconds.traffic),
         f"{100 * seconds.total / (seconds.total + model_seconds):.1f} %",
     ]
+
+
+def small(seconds: float) -> str:
+    """Milliseconds, without digits that no assumption carries."""
+    return "< 0.1" if 0 < seconds < 1e-4 else number(1e3 * seconds)
 
 
 def amount(nbytes: float) -> str:

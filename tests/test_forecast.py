@@ -91,6 +91,15 @@ def test_more_updates_cost_more():
     assert often.refresh_flops_per_step == pytest.approx(10 * seldom.refresh_flops_per_step)
 
 
+def test_owner_roots_divide_refreshes_alone():
+    plan = parabola.plan(make_params(), Shampoo, mesh=(4, 1), distributed="roots")
+    for rank in plan.ranks:
+        assert rank.state_bytes == plan.state_bytes
+        assert rank.step_flops == plan.step_flops
+        assert rank.refresh_flops == pytest.approx(plan.refresh_flops / 4)
+        assert 0 < rank.sent_bytes <= 3 * 64
+
+
 def test_a_process_on_its_own_has_everything():
     plan = parabola.plan(make_params(), Shampoo, mesh=(3, 1), distributed=None)
     assert [rank.rank for rank in plan.ranks] == [0, 1, 2]

@@ -32,7 +32,8 @@ class Rank:
         step_flops: FLOPs of the method in a plain step (graft and update not counted).
         refresh_flops: FLOPs of one refresh of all factors there, about.
         refresh_flops_per_step: The same, each divided by its ``update_every``.
-        sent_bytes: Bytes that it sends to others in a step, exactly; once ``start_step`` is over.
+        sent_bytes: Bytes that it sends to others in a step, exactly; once ``start_step`` is over,
+            and with ``distributed="roots"`` where nothing is refreshed.
         message_bytes: Bytes of the messages, sent and received, that exist at the same time.
     """
 
@@ -45,14 +46,17 @@ class Rank:
     sent_bytes: int = 0
     message_bytes: int = 0
 
-    def take(self, method: Method, tile: Tile, group: Options, p: Tensor) -> None:
-        """Count the state and the work of a tile."""
+    def take(
+        self, method: Method, tile: Tile, group: Options, p: Tensor, share: float = 1.0
+    ) -> None:
+        """Count the state and the work of a tile, of its refreshes a share."""
         self.state_bytes += treatment.tile_bytes(method, tile, group, p)
         if tile.block.treated:
             cost = method.cost(tile.block, group)
             self.step_flops += tile.rows * cost.step
-            self.refresh_flops += tile.rows * cost.refresh
-            self.refresh_flops_per_step += tile.rows * cost.refresh / group.get("update_every", 1)
+            refresh = share * tile.rows * cost.refresh
+            self.refresh_flops += refresh
+            self.refresh_flops_per_step += refresh / group.get("update_every", 1)
 
 
 def simulate(
@@ -123,7 +127,8 @@ def forecast(
                         rank.take(method, replace(tile, merged=(box.numel,)), group, p)
                     elif (index, slot) not in divided:
                         _refuse_cut(p, held[index][slot])
-                        rank.take(method, tile, group, p)
+                        share = _refresh_share(method, tile, group, world)
+                        rank.take(method, tile, group, p, share)
         _add_shards(method, group, roster, held[index], vectors, found)
     if world > 1:
         _add_messages(division, vectors, found)
@@ -133,6 +138,13 @@ def forecast(
 def _cut(p: Tensor, boxes: Sequence[Box]) -> bool:
     """Whether ranks hold pieces of a parameter."""
     return any(box != whole(tuple(p.shape)) for box in boxes)
+
+
+def _refresh_share(method: Method, tile: Tile, group: Options, world: int) -> float:
+    """The part of the refreshes of a block without an owner that one rank does, about."""
+    names = treatment.factors(method, tile.block, group)
+    dealt = group["distributed"] == "roots" and all(method.outputs(f, group) for f in names)
+    return 1.0 / world if dealt else 1.0
 
 
 def _refuse_cut(p: Tensor, boxes: Sequence[Box]) -> None:
