@@ -163,8 +163,13 @@ class Stateful(Optimizer):
         """Load a state; every state tensor keeps the dtype that it was saved in.
 
         torch casts floating state to the parameter's dtype, which would round float32 statistics
-        of a bfloat16 model; here the saved tensors themselves are copied back.
+        of a bfloat16 model; here the saved tensors themselves are copied back. ``distributed`` stays
+        what it is: it belongs to the job, not to the run. With several processes a collective call.
+
+        Raises:
+            ValueError: on every rank, where one lacks the state of something that it steps.
         """
+        modes = [group["distributed"] for group in self.param_groups]
         raw: dict[str, Any] = {}
         before = self.register_load_state_dict_pre_hook(lambda _, given: raw.update(given))
         after = self.register_load_state_dict_post_hook(
@@ -175,21 +180,19 @@ class Stateful(Optimizer):
         finally:
             before.remove()
             after.remove()
+        for group, mode in zip(self.param_groups, modes, strict=True):
+            group["distributed"] = mode
         if not self._connected().alone:
             self._take_own()
 
     def _take_own(self) -> None:
-        """Build the layouts of loaded state at once: all processes learn whether theirs is there.
-
-        Raises:
-            ValueError: on every rank, where one lacks the state of something that it steps.
-        """
-        error = None
+        """Build the layouts of loaded state at once: all processes learn whether theirs is there."""
+        error: Exception | None = None
         try:
             for index, group in enumerate(self.param_groups):
                 if any(p in self.state for p in group["params"]):
                     self._layout(index, group)
-        except ValueError as e:
+        except Exception as e:
             error = e
         if not self._exchange.every(error is None):
             raise error or ValueError("another rank lacks state that it needs; see its own message")

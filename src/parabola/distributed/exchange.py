@@ -24,9 +24,6 @@ from parabola.treatment import Roster, own_shares
 if TYPE_CHECKING:
     from parabola.distributed.division import Division, Held
 
-if TYPE_CHECKING:
-    from parabola.distributed.division import Division, Held
-
 
 class Intake(NamedTuple):
     """A parameter group as this process sees it when a step begins.
