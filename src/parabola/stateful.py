@@ -163,8 +163,9 @@ class Stateful(Optimizer):
         """Load a state; every state tensor keeps the dtype that it was saved in.
 
         torch casts floating state to the parameter's dtype, which would round float32 statistics
-        of a bfloat16 model; here the saved tensors themselves are copied back. ``distributed`` stays
-        what it is: it belongs to the job, not to the run. With several processes a collective call.
+        of a bfloat16 model; here the saved tensors themselves are copied back. ``distributed``
+        stays what it is: it belongs to the job, not to the run. A collective call where there are
+        several processes.
 
         Raises:
             ValueError: on every rank, where one lacks the state of something that it steps.
@@ -186,7 +187,7 @@ class Stateful(Optimizer):
             self._take_own()
 
     def _take_own(self) -> None:
-        """Build the layouts of loaded state at once: all processes learn whether theirs is there."""
+        """Build the layouts of loaded state now: all processes learn whether theirs is there."""
         error: Exception | None = None
         try:
             for index, group in enumerate(self.param_groups):
