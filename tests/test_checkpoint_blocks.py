@@ -7,12 +7,12 @@ import pytest
 import torch
 
 import parabola
-from methods import METHODS, assert_same, make_params, over, snapshot, train
+from methods import METHODS, assert_same, make_params, over, train
 from parabola import checkpoint
 from parabola.checkpoint.recut import recut
 from parabola.method import Block
 from parabola.tiles import Tile
-from test_checkpoint import Net, as_saved, clone, parameters, quiet
+from test_checkpoint import Net, as_saved, clone, parameters, quiet, state_of
 
 blocked = over([m for m in METHODS if m.engine and m.takes("block_size")])
 sizes = pytest.mark.parametrize("size", [2, 3, 100])
@@ -24,11 +24,16 @@ def tile(merged, block, parts=1):
     return Tile(0, None, parts, merged, Block(block, tuple(range(len(block)))))
 
 
-def statistics(g, tile):
-    """Shampoo's statistics of the blocks of a gradient, ``(d0, d1)`` or ``(d0, d1, d2)``."""
+def cut_out(g, tile):
     into = torch.zeros(tile.rows, *tile.block.shape, dtype=g.dtype)
     rows, x = tile.pair(into, g)
     rows.copy_(x)
+    return into
+
+
+def statistics(g, tile):
+    """Shampoo's statistics of the blocks of a gradient, ``(d0, d1)`` or ``(d0, d1, d2)``."""
+    into = cut_out(g, tile)
     found = {}
     for axis, name in enumerate(("left", "right", "axis2")[: len(tile.merged)]):
         matrix = into.movedim(axis + 1, 1).flatten(2)
@@ -134,8 +139,8 @@ def test_a_run_goes_on_with_other_blocks(method, size):
     start = clone(params)
     for one, its_params in ((optimizer, params), (other, others)):
         train(one, its_params, range(5, 8))
-    shapes = [{key: x.shape for key, x in state.items()} for state in snapshot(always)]
-    assert [{key: x.shape for key, x in state.items()} for state in snapshot(other)] == shapes
+    shapes = [{key: x.shape for key, x in state.items()} for state in state_of(always)]
+    assert [{key: x.shape for key, x in state.items()} for state in state_of(other)] == shapes
     for p, q, before in zip(params, others, start, strict=True):
         step, change = p - before, q - before
         assert q.isfinite().all()
@@ -188,6 +193,33 @@ def test_roots_without_statistics_merge_and_split_back(method):
         assert scale == pytest.approx([1.0, 1.0])
 
 
+@pytest.mark.parametrize(("old", "new"), [(4, 8), (8, 2), (8, 3)])
+def test_second_moments_in_a_basis_are_those_of_the_elements(old, new):
+    """Their sum is that of all second moments; they spread as the true ones do."""
+    torch.manual_seed(0)
+    scales = torch.logspace(0, -2, 8, dtype=torch.float64)
+    turn = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64)).Q
+    grads = [turn @ (torch.randn(8, 8, dtype=torch.float64) * scales) for _ in range(40)]
+    options = {"betas": (0.9, 1.0), "update_every": 4}
+    optimizer, other = (
+        parabola.SOAP(make_params(((8, 8),)), block_size=size, **options) for size in (old, new)
+    )
+    for g in grads:
+        optimizer.param_groups[0]["params"][0].grad = g.clone()
+        optimizer.step()
+    (state,) = checkpoint.reblock(other, as_saved(optimizer))["state"].values()
+    after = tile((8, 8), (-(-8 // -(-8 // new)),) * 2)
+    total = 0.0
+    for i in range(after.rows):
+        left, right = state[f"b{i}/left_basis"], state[f"b{i}/right_basis"]
+        true = sum((left.T @ cut_out(g, after)[i] @ right).square() for g in grads)
+        found = state[f"b{i}/diagonal"]
+        ratio = (found.flatten()[true.flatten() > 1e-12] / true[true > 1e-12]).log().abs()
+        assert ratio.median() < 1.0
+        total += found.sum()
+    torch.testing.assert_close(total, sum(g.square().sum() for g in grads))
+
+
 def test_a_slim_state_dict_is_recut_too():
     params = make_params()
     optimizer = parabola.Shampoo(params, block_size=4, start_step=1, update_every=2)
@@ -238,5 +270,5 @@ def test_a_directory_with_other_blocks_is_read(method, size, tmp_path):
     checkpoint.load(tmp_path, other, fresh)
     plain = method(third.parameters(), block_size=size)
     plain.load_state_dict(checkpoint.reblock(plain, as_saved(optimizer)))
-    assert_same(snapshot(fresh), snapshot(plain))
+    assert_same(state_of(fresh), state_of(plain))
     assert fresh.param_groups[0]["block_size"] == size

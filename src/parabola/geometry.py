@@ -115,8 +115,9 @@ def take(view: Any, old: Any) -> None:
     if not is_sharded(view):
         view.copy_(old.full_tensor() if is_sharded(old) else old)
     elif not is_sharded(old):
-        box = local_box(view)
-        local(view).copy_(box.within(whole(view.shape), old))
+        if local(view).numel():  # an empty piece has no place
+            box = local_box(view)
+            local(view).copy_(box.within(whole(view.shape), old))
     elif tuple(view.placements) == tuple(old.placements):
         local(view).copy_(local(old))
     else:

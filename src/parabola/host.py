@@ -227,8 +227,10 @@ class _Pool:
 
     def _run(self, worker: _Worker, settings: Settings) -> None:
         self._bound(settings)
-        # Leaving an outermost autocast region empties a cache that all threads share.
-        with torch.autocast("cpu", enabled=False), torch.no_grad():
+        # To leave an outermost autocast region empties a cache that all threads share: here none is
+        # outermost.
+        torch.autocast_increment_nesting()
+        with torch.no_grad():
             while (ticket := self._next(worker)) is not None:
                 outcome: tuple[Any, BaseException | None] | None
                 try:

@@ -98,6 +98,22 @@ class Refreshed(NamedTuple):
     residual: Tensor | None = None
 
 
+class Overlap(NamedTuple):
+    """New and old blocks of equal numbers that share elements.
+
+    Attributes:
+        new: Rows of the new stack, int64.
+        old: As many rows of the old one.
+        into: For every axis the common elements, as a slice of the new blocks.
+        of: The same of the old blocks.
+    """
+
+    new: Tensor
+    old: Tensor
+    into: tuple[slice, ...]
+    of: tuple[slice, ...]
+
+
 class Method:
     """Base of all methods. The defaults describe a method that preconditions nothing.
 
@@ -203,8 +219,18 @@ class Method:
         derived = {key for f in self.factors(block, options) for key in self.derived(f)}
         return {key: value for key, value in state.items() if key not in derived}
 
-    def settle(self, state: State, block: Block, options: Options) -> State:
-        """The inverse of `loosen`, for the new blocks; `derived` entries follow on their own."""
+    def settle(
+        self, state: State, old: State, overlaps: Sequence[Overlap], block: Block, options: Options
+    ) -> State:
+        """The inverse of `loosen`, for the new blocks; `derived` entries follow on their own.
+
+        Args:
+            state: What `loosen` returned, cut anew.
+            old: The state of the old blocks, as `loosen` was given it.
+            overlaps: Which blocks share what.
+            block: The new geometry.
+            options: The parameter group.
+        """
         return state
 
     def transport(self, state: State, rows: Tensor | None, factor: str, new: State) -> State:

@@ -6,8 +6,9 @@ from math import isfinite
 from typing import Any
 
 from parabola.blocks import Bucket
-from parabola.layout import Layout, factors
+from parabola.layout import Layout
 from parabola.method import Method
+from parabola.treatment import factors
 
 Metrics = dict[str, float]
 

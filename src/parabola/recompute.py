@@ -40,16 +40,18 @@ def absent(
 
 
 def recompute(method: Method, bucket: Bucket, lost: dict[str, Tensor], options: Options) -> None:
-    """Refresh the rows that were refreshed before, and whose results were ``lost``.
+    """Refresh the rows that were refreshed before, or about to be, and whose results were ``lost``.
 
     A row for which this fails counts as never refreshed: its parameter takes the graft's step until
     a refresh succeeds.
     """
     for column, (factor, rows) in enumerate(lost.items()):
-        rows = rows[bucket.refreshed[rows, column] > 0]
+        begun = (bucket.refreshed[rows, column] > 0) | (bucket.pending[rows, column] != 0)
+        rows = rows[begun]
         if not len(rows):
             continue
         bucket.refreshed[rows, column] = 0
+        bucket.pending[rows, column] = 0
         chosen = rows.to(bucket.device)
         inputs = {key: bucket.state[key].index_select(0, chosen) for key in method.inputs(factor)}
         job = Job(factor, column, rows, inputs, bucket.block, options)

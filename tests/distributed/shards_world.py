@@ -19,7 +19,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 import parabola
-from parabola import blocks, chains, grafting, layout, spans
+from parabola import blocks, chains, grafting, spans, treatment
 from parabola.blocks import Bucket
 from parabola.distributed import Local
 from parabola.distributed.halos import traffic
@@ -188,15 +188,15 @@ class Sharded:
         self.params = [cut(b, p.detach()) for b, p in zip(own, self.group["params"], strict=True)]
         self.engine = case.cls([torch.zeros(1) for _ in SHAPES], **case.options)
         shares = []
-        for i, route in enumerate(layout.routes_of(self.method, self.group)):
+        for i, route in enumerate(treatment.routes_of(self.method, self.group)):
             (tile,) = (replace(tile, merged=(own[i].numel,)) for tile in route.tiles)
             shares.append(Share(i, self.params[i], tile, 0, sharded=True))
         self.runs = blocks.sort(shares, lambda block: {})
         for run in self.runs:
             blocks.fill(
                 run,
-                lambda block: layout.entries(self.method, block, self.group),
-                lambda block: layout.numbers(self.method, block, self.group),
+                lambda block: treatment.entries(self.method, block, self.group),
+                lambda block: treatment.numbers(self.method, block, self.group),
             )
             shapes, boxes = [SHAPES[i] for i in run.slots], [self.boxes[i] for i in run.slots]
             run.shards = Shards(group, shapes, boxes)
@@ -229,7 +229,7 @@ class Sharded:
             run.t = t
             own = [grads[slot] for slot in run.slots]
             given = [[vector[slot] for slot in run.slots] for vector in vectors] or [own]
-            options = layout.options_of(self.method, run.block, self.group)
+            options = treatment.options_of(self.method, run.block, self.group)
             if grafting.fused_adam(run, options):
                 steps = [torch.tensor(float(t)) for _ in own]
                 grafting.fused_adam_step(run, own, steps, options)

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from parabola.checkpoint.recut import recut
-from parabola.layout import HOST, PENDING, entries, factors, numbers, options_of, routes_of
 from parabola.method import Method, Options
 from parabola.offload import NEXT
 from parabola.optimizer import SecondOrder
 from parabola.routing import Route
 from parabola.tiles import Tile
+from parabola.treatment import HOST, entries, factors, numbers, options_of, routes_of
 
 BLOCK = re.compile(r"b(\d+)/(.+)")
 """A key of ``optimizer.state[p]`` that belongs to one block: its index, and the entry's name."""
@@ -59,18 +59,18 @@ def slim(opt: SecondOrder, state_dict: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def derived(opt: SecondOrder) -> set[str]:
-    """Names of the entries that a refresh computes from statistics, and of refreshes under way."""
+    """Names of the entries that a refresh computes from statistics."""
     method = opt.method
-    found = {
+    return {
         key
         for group in opt.param_groups
         for route in routes_of(method, group)
         for tile in route.tiles
         if tile.block.shape and tile.block.treated
         for factor in method.factors(tile.block, options_of(method, tile.block, group))
-        for key in method.derived(factor)
+        for root in method.derived(factor)
+        for key in (root, root + NEXT)
     }
-    return found | {key + NEXT for key in found} | ({PENDING} if found else set())
 
 
 def reblock(opt: SecondOrder, state_dict: Mapping[str, Any]) -> dict[str, Any]:
@@ -80,7 +80,7 @@ def reblock(opt: SecondOrder, state_dict: Mapping[str, Any]) -> dict[str, Any]:
     them and adds along the other axes, splitting slices them and divides by shares of the trace.
     Shampoo's roots are computed anew from them before the next step; Jorge's are those of the
     statistics of which the old ones are roots; eigenbases are computed anew, first moments turned
-    into them exactly, and second moments start from the product of the factors' spectra.
+    into them exactly, and second moments carried over as at any change of basis.
     Parameters whose blocks are the same keep all they have.
 
     Args:
@@ -89,8 +89,8 @@ def reblock(opt: SecondOrder, state_dict: Mapping[str, Any]) -> dict[str, Any]:
             what ``get_optimizer_state_dict`` returns in one process, not flattened.
 
     Returns:
-        A new state dict, with the ``block_size`` of ``opt`` in its groups and all other keywords as
-        they were saved.
+        A new state dict, with the ``block_size`` and ``distributed`` of ``opt`` in its groups and
+        all other keywords as they were saved.
 
     Raises:
         ValueError: a block is missing, or belongs to another shape.
@@ -122,15 +122,16 @@ def reblock(opt: SecondOrder, state_dict: Mapping[str, Any]) -> dict[str, Any]:
                     job.check(blocks, parts)
                     own |= job.run(blocks, parts)
                 state[name] = own
-        groups.append({**saved, **recutting.size})
+        groups.append({**saved, **recutting.kept})
     return {**state_dict, "state": state, "param_groups": groups}
 
 
 class Recutting:
-    """The saved keywords of a parameter group, with the block size of an optimizer.
+    """The saved keywords of a parameter group, with some of an optimizer's own.
 
     Attributes:
-        size: The ``block_size``, where there is one.
+        kept: What the optimizer keeps: its ``block_size``, names of parameters, and
+            ``distributed``, which belongs to the job that loads.
         before: The keywords under which the state was saved.
         after: Those under which it is loaded.
         routes: Treatments of all parameters, before and after.
@@ -140,10 +141,11 @@ class Recutting:
         self, opt: SecondOrder, saved: Mapping[str, Any], group: Mapping[str, Any]
     ) -> None:
         self._method = opt.method
-        self.size = {key: group[key] for key in ("block_size",) if key in group}
-        own = {key: group[key] for key in ("params", "param_names") if key in group}
-        self.before = {**opt.defaults, **saved, **own}
-        self.after = {**self.before, **self.size}
+        kept = ("block_size", "distributed", "param_names")
+        self.kept = {key: group[key] for key in kept if key in group}
+        names = {"param_names": group.get("param_names"), "params": group["params"]}
+        self.before = {**opt.defaults, **saved, **names}
+        self.after = {**self.before, **self.kept}
         self.routes = [routes_of(self._method, g) for g in (self.before, self.after)]
 
     def jobs(self, name: str, old: Route, new: Route) -> "Iterator[Job]":
@@ -182,20 +184,26 @@ class Job:
     after: Options
 
     def keys(self, parts: Iterable[int]) -> dict[str, tuple[int, ...]]:
-        """Keys of all that is needed, and the shape of each."""
+        """Keys of all that is needed, and the shape of each.
+
+        Not of what can be computed, nor of results that are not in use yet.
+        """
         block = self.old.block
         shapes = {key: e.shape for key, e in entries(self.method, block, self.before).items()}
         shapes |= dict.fromkeys(numbers(self.method, block, self.before), ())
         columns = factors(self.method, block, options_of(self.method, block, self.before))
         shapes |= dict.fromkeys(HOST if columns else (), (len(columns),))
-        for key in {key for factor in columns for key in self.method.derived(factor)}:
-            del shapes[key]
-        shapes = {key: shape for key, shape in shapes.items() if not key.endswith(NEXT)}
+        derived = {key for factor in columns for key in self.method.derived(factor)}
         return {
             f"b{i}/{key}": shape
-            for i in _blocks(parts, self.first_old, self.old)
+            for i in self.blocks(parts)
             for key, shape in shapes.items()
+            if key not in derived and not key.endswith(NEXT)
         }
+
+    def blocks(self, parts: Iterable[int]) -> list[int]:
+        """The old blocks of some parts."""
+        return _blocks(parts, self.first_old, self.old)
 
     def check(self, blocks: Mapping[str, Tensor], parts: Iterable[int]) -> None:
         """Raise ValueError where something is missing, or of another shape."""
@@ -213,7 +221,7 @@ class Job:
         """The new blocks of these parts, under their keys."""
         parts = list(parts)
         names = dict.fromkeys(key.split("/")[1] for key in self.keys(parts[:1]))
-        rows = _blocks(parts, self.first_old, self.old)
+        rows = self.blocks(parts)
         state = {name: torch.stack([blocks[f"b{i}/{name}"] for i in rows]) for name in names}
         before = options_of(self.method, self.old.block, self.before)
         after = options_of(self.method, self.new.block, self.after)

@@ -4,8 +4,9 @@
 import os
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,8 +23,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from parabola.checkpoint import dicts
-from parabola.layout import HOST, PENDING
 from parabola.optimizer import SecondOrder
+from parabola.treatment import HOST, PENDING
 
 STATE, GROUPS = "optimizer.state.", "optimizer.param_groups."
 """What the keys of a directory begin with; the name of the parameter, or its place, follows."""
@@ -60,9 +61,9 @@ def load(path: str | os.PathLike[str], model: nn.Module, opt: SecondOrder) -> No
 
     Every rank reads what it needs: its shards, and the blocks that it owns. Blocks of another
     ``block_size`` are read part by part and recut, see `parabola.checkpoint.reblock`. Keywords are
-    those of the checkpoint, except for ``block_size`` and names. Directories that others wrote
-    with the state dicts under ``"model"`` and ``"optimizer"`` are read as well, with a flattened
-    optimizer state or not. A collective where a process group exists.
+    those of the checkpoint, except for ``block_size``, ``distributed`` and names. Directories that
+    others wrote with the state dicts under ``"model"`` and ``"optimizer"`` are read as well, with a
+    flattened optimizer state or not. A collective where a process group exists.
 
     Args:
         path: The directory.
@@ -77,47 +78,86 @@ def load(path: str | os.PathLike[str], model: nn.Module, opt: SecondOrder) -> No
     found = FileSystemReader(path).read_metadata().state_dict_metadata
     missing = [key for key in weights if f"model.{key}" not in found]
     _agree(f"the checkpoint {path} lacks weights of the model", missing)
-    saved, derived = _saved_groups(path, found), dicts.derived(opt)
+    saved = _saved_groups(path, found)
     stored: dict[str, dict[str, Any]] = defaultdict(dict)
     for key, item in found.items():
         if key.startswith(STATE):
             name, _, entry = key.removeprefix(STATE).rpartition(".")
             stored[name][entry] = item
-    state: dict[str, dict[str, Any]] = {}
-    groups, recuts, missing = [], [], []
+    reading = _Reading()
     for offered, group in zip(current["param_groups"], opt.param_groups, strict=True):
-        names = offered["params"]
-        unknown = [name for name in names if name not in saved]
-        missing += [f"keywords of {name}" for name in unknown]
-        if unknown or not names:
-            groups.append(offered)
+        reading.missing += [f"keywords of {x}" for x in offered["params"] if x not in saved]
+        if reading.missing or not offered["params"]:
+            reading.groups.append(offered)
             continue
-        recutting = dicts.Recutting(opt, saved[names[0]], group)
-        groups.append({**saved[names[0]], **recutting.size, "params": names})
-        params = group["params"]
-        for name, p, old, new in zip(names, params, *recutting.routes, strict=True):
-            if name not in current["state"]:
-                continue
-            mine, there = current["state"][name], stored[name]
-            wanted = {key: x for key, x in mine.items() if _stays(key, old == new)}
-            if old != new:
-                for job in recutting.jobs(name, old, new):
-                    if parts := job.parts_of(mine):
-                        wanted |= _room(job.keys(parts), there, p.device)
-                        recuts.append((job, parts))
-            lost = [key for key in wanted if key not in there]
-            missing += [f"{key} of {name}" for key in lost if key.split("/")[-1] not in derived]
-            state[name] = {key: x for key, x in wanted.items() if key in there}
-    _agree(f"the checkpoint {path} lacks state of the optimizer", missing)
+        first = saved[offered["params"][0]]
+        recutting = dicts.Recutting(opt, first, group)
+        reading.groups.append({**first, **recutting.kept, "params": offered["params"]})
+        rows = zip(offered["params"], group["params"], *recutting.routes, strict=True)
+        for name, p, old, new in rows:
+            if name in current["state"]:
+                jobs = recutting.jobs(name, old, new)
+                reading.take(name, p, current["state"][name], stored[name], jobs)
+    _agree(f"the checkpoint {path} lacks state of the optimizer", reading.missing)
     with _quiet():
-        target = {"model": weights, "optimizer": {"state": state}}
+        target = {"model": weights, "optimizer": {"state": reading.state}}
         state_dict_loader.load(target, checkpoint_id=path, no_dist=not _together())
-    for job, parts in recuts:
-        own = state[job.name]
-        own |= job.run({key: own.pop(key) for key in job.keys(parts)}, parts)
+    reading.recut()
     set_model_state_dict(model, weights)
-    loaded: Any = {"state": state, "param_groups": groups}
+    loaded: Any = {"state": reading.state, "param_groups": reading.groups}
     set_optimizer_state_dict(model, opt, loaded)
+
+
+@dataclass
+class _Reading:
+    """What this process reads.
+
+    Attributes:
+        state: Name of a parameter -> key -> the tensor to be filled.
+        groups: Parameter groups with the keywords of the checkpoint.
+        recuts: What is to be recut when it is here, and which parts of it.
+        missing: What is needed and not there, in words.
+    """
+
+    state: dict[str, dict[str, Any]] = field(default_factory=dict)
+    groups: list[Any] = field(default_factory=list)
+    recuts: list[tuple[dicts.Job, list[int]]] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+
+    def take(
+        self, name: str, p: Tensor, mine: Mapping[str, Any], there: Found, jobs: Iterable[dicts.Job]
+    ) -> None:
+        """Plan for one parameter.
+
+        Args:
+            name: Of the parameter.
+            p: The parameter.
+            mine: Its state in this process, as it is.
+            there: Its entries in the directory.
+            jobs: Its tiles.
+        """
+        wanted = {key: x for key, x in mine.items() if dicts.block_of(key) is None}
+        needed = list(wanted)
+        for job in jobs:
+            parts = job.parts_of(mine)
+            keys = list(job.keys(parts))
+            needed += keys
+            if job.old != job.new:
+                self.recuts.append((job, parts))
+            else:  # and what could be computed, if it is there
+                blocks = set(job.blocks(parts))
+                keys = [key for key in there if dicts.block_of(key) in blocks]
+            wanted |= {key: _room(key, there, mine, p) for key in keys if key in there}
+        self.missing += [f"{key} of {name}" for key in needed if key not in there]
+        self.state[name] = {key: x for key, x in wanted.items() if key in there}
+
+    def recut(self) -> None:
+        """Put new blocks in place of the old ones."""
+        for job, parts in self.recuts:
+            own = self.state[job.name]
+            blocks = {key: own.pop(key) for key in job.keys(parts)}
+            if blocks:
+                own |= job.run(blocks, parts)
 
 
 def _offered(model: nn.Module, opt: SecondOrder) -> Any:
@@ -154,21 +194,13 @@ def _saved_groups(path: str | os.PathLike[str], found: Found) -> dict[str, dict[
     return {name: group for group in groups.values() for name in group["params"]}
 
 
-def _stays(key: str, same: bool) -> bool:
-    """Whether a key is read as it is: its blocks are the same, or it belongs to none."""
-    return same or dicts.block_of(key) is None
-
-
-def _room(
-    shapes: Mapping[str, tuple[int, ...]], there: Found, device: torch.device
-) -> dict[str, Tensor]:
-    """Empty tensors for what is read under some keys."""
-    room = {}
-    for key, shape in shapes.items():
-        on = torch.device("cpu") if key.split("/")[1] in (*HOST, PENDING) else device
-        dtype = there[key].properties.dtype if key in there else None
-        room[key] = torch.empty(shape, dtype=dtype, device=on)
-    return room
+def _room(key: str, there: Found, mine: Mapping[str, Any], p: Tensor) -> Tensor:
+    """Where to read the entry of a block: in place where it fits, or an empty tensor."""
+    size, dtype = tuple(there[key].size), there[key].properties.dtype
+    if key in mine and tuple(mine[key].shape) == size and mine[key].dtype == dtype:
+        return mine[key]  # type: ignore[no-any-return]
+    device = torch.device("cpu") if key.split("/")[1] in (*HOST, PENDING) else p.device
+    return torch.empty(size, dtype=dtype, device=device)
 
 
 def _agree(text: str, missing: list[str]) -> None:

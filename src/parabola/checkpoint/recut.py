@@ -13,33 +13,16 @@ Everything else, roots and bases, belongs to the method: it turns into such a fo
 ``Method.loosen`` and ``Method.settle``.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import product
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from parabola.axes import name
-from parabola.method import Method, Options, State
+from parabola.method import Method, Options, Overlap, State
 from parabola.tiles import Tile
-
-
-class Meeting(NamedTuple):
-    """A new and an old block that share elements.
-
-    Attributes:
-        new: Row of the new block within its part.
-        old: Row of the old block.
-        into: For every axis, the common elements as a slice of the new block.
-        of: The same of the old block.
-    """
-
-    new: int
-    old: int
-    into: tuple[slice, ...]
-    of: tuple[slice, ...]
 
 
 def recut(
@@ -64,18 +47,19 @@ def recut(
     old, new = (replace(t, start=0, length=None, parts=parts) for t in (old, new))
     loose = method.loosen(state, old.block, before)
     axes = {name(axis): axis for axis in old.block.axes}
+    overlaps = list(_overlaps(old, new))
     statistics = {axes[key]: x.double() for key, x in loose.items() if key in axes}
     cut: State = {}
     for key, x in loose.items():
         if key in axes:
-            cut[key] = _statistic(axes[key], statistics, old, new, parts)
+            cut[key] = _statistic(axes[key], statistics, overlaps, new)
         elif key not in ("refreshed", "failures") and x.shape[1:] == old.block.shape:
             cut[key] = _elements(x, old, new, parts)
         else:  # kept once a block: all blocks of a part are stepped together
             largest = x.view(parts, old.per_part, *x.shape[1:]).amax(1)
             cut[key] = largest.repeat_interleave(new.per_part, 0)
     cut["failures"].zero_()
-    settled = method.settle(cut, new.block, after)
+    settled = method.settle(cut, state, overlaps, new.block, after)
     dtypes = {key: x.dtype for key, x in state.items()}
     return {key: x.to(dtypes[key]) for key, x in settled.items()}
 
@@ -90,57 +74,46 @@ def _elements(x: Tensor, old: Tile, new: Tile, parts: int) -> Tensor:
 
 
 def _statistic(
-    axis: int, statistics: dict[int, Tensor], old: Tile, new: Tile, parts: int
+    axis: int, statistics: dict[int, Tensor], overlaps: Sequence[Overlap], new: Tile
 ) -> Tensor:
     """The statistic of one axis, ``(new.rows, d, d)`` float64."""
     side = new.block.shape[axis]
-    own = statistics[axis]
-    own = own.view(parts, old.per_part, *own.shape[1:])
-    cut = own.new_zeros(parts, new.per_part, side, side)
-    for meeting in _meetings(old, new):
-        weight: Tensor | float = 1.0
+    cut = statistics[axis].new_zeros(new.rows, side, side)
+    for rows, old, into, of in overlaps:
+        piece = statistics[axis][old][:, of[axis], of[axis]]
         for other, statistic in statistics.items():
             if other != axis:
-                rows = statistic.view(parts, old.per_part, *statistic.shape[1:])[:, meeting.old]
-                weight = weight * _share(rows, meeting.of[other])
-        piece = own[:, meeting.old, meeting.of[axis], meeting.of[axis]]
-        if isinstance(weight, Tensor):
-            piece = piece * weight[:, None, None]
-        cut[:, meeting.new, meeting.into[axis], meeting.into[axis]] += piece
-    return cut.flatten(0, 1)
+                piece = piece * _share(statistic[old], of[other])
+        cut[rows, into[axis], into[axis]] += piece
+    return cut
 
 
 def _share(statistic: Tensor, of: slice) -> Tensor:
-    """The part of the traces, ``(n,)``, that lies in a slice; of its length where all is zero."""
+    """The part of the traces that lies in a slice, ``(n, 1, 1)``; of the length where all is 0."""
     diagonal = statistic.diagonal(dim1=1, dim2=2)
     inside, total = diagonal[:, of].sum(1), diagonal.sum(1)
     length = (of.stop - of.start) / statistic.shape[1]
-    return torch.where(total > 0, inside / total, length)
+    return torch.where(total > 0, inside / total, length)[:, None, None]
 
 
-def _meetings(old: Tile, new: Tile) -> Iterator[Meeting]:
-    """All pairs of blocks of one part that share elements."""
-    along = [
-        list(_overlaps(d, a, b))
-        for d, a, b in zip(old.merged, old.block.shape, new.block.shape, strict=True)
-    ]
-    for pairs in product(*along):
+def _overlaps(old: Tile, new: Tile) -> Iterator[Overlap]:
+    """All pairs of blocks that share elements, for all parts at once."""
+    sides = zip(old.merged, old.block.shape, new.block.shape, strict=True)
+    part = torch.arange(new.parts)
+    for pairs in product(*(list(_along(*lengths)) for lengths in sides)):
         mine, theirs, into, of = zip(*pairs, strict=True)
-        yield Meeting(_row(mine, new.grid), _row(theirs, old.grid), into, of)
+        rows = part * new.per_part + _row(mine, new.grid)
+        yield Overlap(rows, part * old.per_part + _row(theirs, old.grid), into, of)
 
 
-def _overlaps(length: int, old: int, new: int) -> Iterator[tuple[int, int, slice, slice]]:
+def _along(length: int, old: int, new: int) -> Iterator[tuple[int, int, slice, slice]]:
     """Pairs of pieces of one axis: ``(index of the new, of the old, slice of each)``."""
     for i in range(-(-length // new)):
         for j in range(-(-length // old)):
             low, high = max(i * new, j * old), min((i + 1) * new, (j + 1) * old, length)
             if low < high:
-                yield (
-                    i,
-                    j,
-                    slice(low - i * new, high - i * new),
-                    slice(low - j * old, high - j * old),
-                )
+                into, of = (slice(low - start, high - start) for start in (i * new, j * old))
+                yield i, j, into, of
 
 
 def _row(index: tuple[int, ...], grid: tuple[int, ...]) -> int:

@@ -7,7 +7,7 @@ of it. Work of linear cost stays where its gradient is.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -18,9 +18,9 @@ from parabola.distributed import header
 from parabola.distributed.balance import Load, assign
 from parabola.distributed.transfers import Transfer, Unit, inward, outward, padded, size
 from parabola.geometry import Box, whole
-from parabola.layout import Roster, tile_bytes
 from parabola.method import Method
 from parabola.tiles import Tile
+from parabola.treatment import Roster, tile_bytes
 
 Held = Sequence[Sequence[Sequence[Box]]]
 """For every group, parameter and rank: which piece of it the rank holds."""
@@ -53,6 +53,9 @@ class Division:
     inward: list[Transfer]
     outward: list[Transfer]
     header: int
+    _messages: dict[int | None, tuple[list[int], list[int]]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @cached_property
     def returns(self) -> bool:
@@ -61,14 +64,29 @@ class Division:
 
     def sent(self, rank: int, vectors: int = 0) -> int:
         """Bytes that a rank sends to others in a step that takes in so many curvature vectors."""
-        others = len(self.loads) - 1
-        total = others * (padded(self.header) + self.returns * padded(1))
-        for t in self.inward:
-            if rank == t.source != t.target:
-                total += self.count(t, vectors) * size(t.box, self.wires[t.unit])
-        return total + sum(
-            size(t.box, self.dtypes[t.unit]) for t in self.outward if rank == t.source != t.target
-        )
+        total = self.messages(vectors)[0][rank] - padded(self.header)
+        return total + (self.messages(None)[0][rank] - padded(1) if self.returns else 0)
+
+    def messages(self, vectors: int | None) -> tuple[list[int], list[int]]:
+        """Bytes of all messages that each rank sends, and receives; those to itself are headers.
+
+        Args:
+            vectors: So many come with the gradients; None: of the messages with directions.
+        """
+        if vectors not in self._messages:
+            found, dtypes, length = self.inward, self.wires, self.header
+            if vectors is None:
+                found, dtypes, length = self.outward, self.dtypes, 1
+            ranks = len(self.loads)
+            out, into = ([ranks * padded(length)] * ranks for _ in range(2))
+            for t in found:
+                if t.source != t.target:
+                    count = 1 if vectors is None else self.count(t, vectors)
+                    nbytes = count * size(t.box, dtypes[t.unit])
+                    out[t.source] += nbytes
+                    into[t.target] += nbytes
+            self._messages[vectors] = out, into
+        return self._messages[vectors]
 
     def count(self, t: Transfer, vectors: int) -> int:
         """How many tensors go one way: a gradient, and so many curvature vectors."""

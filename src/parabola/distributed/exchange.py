@@ -7,7 +7,7 @@ how many processes there are. `Local` is the answer of a single one.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -16,10 +16,16 @@ from parabola.blocks import Bucket
 from parabola.curvature.feed import Vector
 from parabola.distributed.ranks import ranks_of
 from parabola.distributed.shards import Shards
-from parabola.layout import Roster, own_shares
 from parabola.method import Method, Options, Refreshed
 from parabola.refresh import Job, solve
 from parabola.tiles import Member, Share
+from parabola.treatment import Roster, own_shares
+
+if TYPE_CHECKING:
+    from parabola.distributed.division import Division, Held
+
+if TYPE_CHECKING:
+    from parabola.distributed.division import Division, Held
 
 
 class Intake(NamedTuple):
@@ -89,6 +95,10 @@ class Exchange(Protocol):
 
     def serves(self, groups: Sequence[Mapping[str, Any]]) -> bool:
         """False when somebody else has to take over: other parameters, other processes."""
+        ...
+
+    def divided(self) -> "tuple[Division, Held] | None":
+        """Who owns what, and what lies where; None: everything is in this process."""
         ...
 
     def shares(self, index: int, roster: Roster) -> list[Share]:
@@ -164,6 +174,10 @@ class Local:
     def serves(self, groups: Sequence[Mapping[str, Any]]) -> bool:
         """As long as there is no other."""
         return ranks_of(groups) is None
+
+    def divided(self) -> "tuple[Division, Held] | None":
+        """Nobody else owns anything."""
+        return None
 
     def shares(self, index: int, roster: Roster) -> list[Share]:
         """All of them.

@@ -18,16 +18,16 @@ from parabola.blocks import Bucket, state_dtype
 from parabola.curvature.feed import Vector
 from parabola.distributed import header
 from parabola.distributed.consolidate import consolidate
-from parabola.distributed.division import divide
+from parabola.distributed.division import Division, Held, divide
 from parabola.distributed.exchange import Intake, Local, Verdict, coupled, move
 from parabola.distributed.mail import Mail, Piece
 from parabola.distributed.shards import Shards
 from parabola.distributed.survey import survey
 from parabola.distributed.transfers import Transfer
 from parabola.geometry import local, local_box
-from parabola.layout import Roster, local_share, roster, signature, wanted
 from parabola.method import Method, Options
 from parabola.tiles import Share
+from parabola.treatment import Roster, local_share, roster, signature, wanted
 
 
 class Owners(Local):
@@ -93,6 +93,10 @@ class Owners(Local):
             (id(self._rosters[unit.group].params[unit.slot]), unit.first): owner
             for unit, owner in rows
         }
+
+    def divided(self) -> tuple[Division, Held]:
+        """The division, and the boxes behind it."""
+        return self.division, self._held
 
     def shares(self, index: int, roster: Roster) -> list[Share]:
         """Runs as they lie here; of blocks all, with a stand-in for each logical part."""

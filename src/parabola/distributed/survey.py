@@ -9,7 +9,7 @@ from torch import Tensor
 
 from parabola.distributed.division import Held
 from parabola.geometry import is_sharded, local_box
-from parabola.layout import Roster
+from parabola.treatment import Roster
 
 OWN = ("params", "param_names", "lr", "initial_lr", "max_lr", "min_lr")
 """Keywords of a group that may differ from rank to rank, or are compared otherwise."""

@@ -15,9 +15,9 @@ from parabola.lab.arguments import budget_of, device_of, optimizer_names
 from parabola.lab.compare import Comparison, compare
 from parabola.lab.data import data_folder
 from parabola.lab.errors import MissingDataError, UsageError
-from parabola.lab.optimizers import OPTIMIZERS, check_options, entry, key_value
+from parabola.lab.planning import plan_command
 from parabola.lab.progress import TensorBoard, watcher
-from parabola.lab.registry import find_model, find_workload
+from parabola.lab.registry import find_workload
 from parabola.lab.results import Run, read
 from parabola.lab.tables import optimizer_table, summary_table, trial_table, workload_table
 from parabola.lab.train import Observer
@@ -320,43 +320,14 @@ def list_command() -> None:
     console.print(optimizer_table())
 
 
-@app.command(
+app.command(
     "plan",
     epilog=_examples(
         "parabola plan stdlib-lm --optimizer shampoo",
         "parabola plan torchvision.models:resnet50 --option block_size=512",
+        "parabola plan transformer-8b --summary --mesh 2x32 --bandwidth 25 --flops 20",
     ),
-)
-def plan_command(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL_OR_WORKLOAD",
-            help="A workload, or `path/to/file.py:factory` or `package.module:factory` of a model.",
-        ),
-    ],
-    optimizer: Annotated[
-        str, typer.Option(help="One of the library's own optimizers.")
-    ] = "shampoo",
-    option: Annotated[
-        list[str] | None,
-        typer.Option(metavar="KEY=VALUE", help="An option of the optimizer; may be repeated."),
-    ] = None,
-) -> None:
-    """Print what an optimizer would do with every parameter of a model, and what it would cost."""
-    constructor = entry(optimizer).constructor
-    if not isinstance(constructor, type):
-        own = [name for name, item in OPTIMIZERS.items() if isinstance(item.constructor, type)]
-        raise UsageError(
-            f"plan knows the library's own optimizers ({', '.join(own)}), not {optimizer!r}"
-        )
-    options = dict(key_value(text) for text in option or [])
-    check_options(optimizer, options)
-    try:
-        plan = parabola.plan(find_model(model).named_parameters(), constructor, **options)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-    print(plan)
+)(plan_command)
 
 
 def _console() -> Console:

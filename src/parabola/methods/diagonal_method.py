@@ -28,7 +28,7 @@ from parabola import kernels, linalg
 from parabola.axes import index, multiply, name, unfold
 from parabola.grafting import decay
 from parabola.kernels import Kernel
-from parabola.method import Block, Cost, Entry, Method, Options, Refreshed, State
+from parabola.method import Block, Cost, Entry, Method, Options, Overlap, Refreshed, State
 from parabola.options import FLAG, Check, one_of, optional, real
 
 LOST = 0.5
@@ -224,7 +224,7 @@ class DiagonalMethod(Method):
         return carried
 
     def loosen(self, state: State, block: Block, options: Options) -> State:
-        """M out of the basis; bases go, and D with them: see `settle`."""
+        """M out of the basis; bases go, and D with them: `settle` carries it over."""
         loose = dict(state)
         if "exp_avg" in loose:
             loose["exp_avg"] = self.restore(state, state["exp_avg"], block, options)
@@ -235,12 +235,13 @@ class DiagonalMethod(Method):
                 loose[name(axis)] = loose[name(axis)] * (block.numel / block.shape[axis])
         return loose
 
-    def settle(self, state: State, block: Block, options: Options) -> State:
-        """New bases, exactly; m seen from them; D as the factors predict it.
+    def settle(
+        self, state: State, old: State, overlaps: Sequence[Overlap], block: Block, options: Options
+    ) -> State:
+        """New bases, exactly, where there were some; m and D seen from them.
 
-        The old D was measured along other vectors. Transported to new ones it would flatten; the
-        product of the new factors' spectra has its trace and keeps their spread, and fades as
-        vectors come in. Blocks without a basis so far keep D as it is.
+        D_j becomes the sum of (u'_j . u_i)^2 D_i over the vectors of all old blocks that share
+        elements with the new one, on these elements.
         """
         settled, refreshed = dict(state), state["refreshed"] > 0
         for column, axis in enumerate(block.axes):
@@ -253,12 +254,12 @@ class DiagonalMethod(Method):
                 settled[f"{key}_values"] = torch.zeros_like(settled[key][:, 0])
             if bool(refreshed[:, column].any()):
                 settled |= self.refresh(settled, key, block, options).tensors
-        if bool(refreshed.any()):
-            if "exp_avg" in settled:
-                settled["exp_avg"] = self.project(settled, settled["exp_avg"], block, options)
-            if settled.pop("diagonal", None) is not None:
-                weight = settled["weight"].view(-1, *[1] * len(block.shape))
-                settled["diagonal"] = _spectrum({**settled, "weight": weight}, block, options)
+        if "exp_avg" in settled:
+            settled["exp_avg"] = self.project(settled, settled["exp_avg"], block, options)
+        if "diagonal" in settled:
+            settled["diagonal"] = torch.zeros_like(settled["diagonal"])
+            for overlap in overlaps:
+                settled["diagonal"][overlap.new] += _carried(settled, old, overlap, block)
         return settled
 
     def project(self, state: State, x: Tensor, block: Block, options: Options) -> Tensor:
@@ -357,6 +358,19 @@ def _rotated(state: State, x: Tensor, block: Block, options: Options, *, back: b
         from_right = axis == x.dim() - 2
         x = multiply(basis if from_right != back else basis.mT, x, axis)
     return x
+
+
+def _carried(new: State, old: State, overlap: Overlap, block: Block) -> Tensor:
+    """What old blocks contribute to D of the new blocks that they meet."""
+    d = old["diagonal"][overlap.old].double()
+    for axis in block.axes:
+        key = f"{name(axis)}_basis"
+        into = new[key][overlap.new][:, overlap.into[axis]].double()
+        of = old[key][overlap.old][:, overlap.of[axis]].double()
+        turned = torch.bmm(torch.bmm(into.mT, of).square(), unfold(d, axis))
+        others = [length for i, length in enumerate(d.shape) if i not in (0, axis + 1)]
+        d = turned.view(len(d), -1, *others).movedim(1, axis + 1)
+    return d.to(new["diagonal"].dtype)
 
 
 def _whitened(state: State, x: Tensor, axis: int, block: Block, options: Options) -> Tensor:

@@ -18,7 +18,7 @@ In general a tensor with k preconditioned axes has one P an axis and p = 2k. Und
 scaled to mean diagonal 1, in place of the factor beta2^(-1/p), which the graft would remove.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import inf, sqrt
 from typing import Any, ClassVar, NamedTuple
 
@@ -31,7 +31,7 @@ from torch.optim.optimizer import ParamsT
 from parabola import recipes
 from parabola.axes import index, multiply, name, unfold
 from parabola.linalg import inverse_root, symmetric_product
-from parabola.method import GRADIENT, Block, Cost, Entry, Method, Options, Refreshed, State
+from parabola.method import GRADIENT, Block, Cost, Entry, Method, Options, Overlap, Refreshed, State
 from parabola.optimizer import SecondOrder
 from parabola.options import Check, one_of, optional, real
 from parabola.recipes import Recipe
@@ -104,7 +104,9 @@ class JorgeMethod(Method):
             loose[name(axis)] = found.root
         return loose
 
-    def settle(self, state: State, block: Block, options: Options) -> State:
+    def settle(
+        self, state: State, old: State, overlaps: Sequence[Overlap], block: Block, options: Options
+    ) -> State:
         """Their roots, scaled to mean diagonal 1 under a graft; padding takes the mean."""
         settled = dict(state)
         for axis in block.axes:
