@@ -36,9 +36,7 @@ EVERY = (
 WAYS = {
     "ddp-2": ("ddp", 2),
     "ddp-3": ("ddp", 3),
-    "fsdp-2": ("fsdp", 2),
     "fsdp-3": ("fsdp", 3),
-    "fsdp-4": ("fsdp", 4),
     "shard1-2": ("shard1", 2),
     "hsdp-4": ("hsdp", 4),
     "tp-2": ("tp", 2),
