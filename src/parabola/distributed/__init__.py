@@ -6,7 +6,7 @@ from typing import Any
 
 from parabola.distributed.exchange import Exchange, Intake, Local, Spread, Verdict
 from parabola.distributed.owners import Owners
-from parabola.distributed.ranks import ranks_of
+from parabola.distributed.ranks import group_of, participants
 from parabola.distributed.roots import Roots
 from parabola.method import Method
 
@@ -26,8 +26,8 @@ def connect(
     Raises:
         ValueError: the processes do not agree on the model or its options.
     """
-    ranks = ranks_of(groups)
-    if ranks is None:
+    ranks = participants(groups)
+    if not ranks:
         return Local()
     kind = Roots if groups[0]["distributed"] == "roots" else Owners
-    return kind(method, groups, ranks, previous)
+    return kind(method, groups, group_of(groups, ranks), previous)

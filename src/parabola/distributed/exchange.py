@@ -14,7 +14,7 @@ from torch import Tensor
 
 from parabola.blocks import Bucket
 from parabola.curvature.feed import Vector
-from parabola.distributed.ranks import ranks_of
+from parabola.distributed.ranks import participants
 from parabola.distributed.shards import Shards
 from parabola.method import Method, Options, Refreshed
 from parabola.refresh import Job, solve
@@ -170,7 +170,7 @@ class Local:
 
     def serves(self, groups: Sequence[Mapping[str, Any]]) -> bool:
         """As long as there is no other."""
-        return ranks_of(groups) is None
+        return not participants(groups)
 
     def divided(self) -> "tuple[Division, Held] | None":
         """Nobody else owns anything."""

@@ -10,6 +10,7 @@ import math
 from typing import Literal, NamedTuple, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from parabola.linalg.eigen import eigh
@@ -111,7 +112,7 @@ def inverse_root(
     with full_precision(), torch.autocast(matrix.device.type, enabled=False):
         scaled, scale, finite, zero = normalize(flat)
         usable = finite & ~zero
-        rescale = scale.pow(-exponent).to(matrix.dtype)[:, None, None]
+        rescale = _power(scale, -exponent).to(matrix.dtype)[:, None, None]
         root, residual = _attempt(scaled, rescale, exponent, damping, method)
         good = usable & (residual < _ACCEPT)
         if not bool(good.all()):
@@ -170,9 +171,19 @@ def _eigh_root(matrix: Tensor, exponent: float, damping: float) -> _Attempt:
     values.clamp_(min=0.0)
     ridge = damping * values[:, -1]
     values.add_(ridge[:, None])
-    half.mul_(values.pow(-exponent / 2)[:, None, :])
+    half.mul_(_power(values, -exponent / 2)[:, None, :])
     factors = None if _is_integer(1 / exponent) else (half, values)
     return _Attempt(symmetric_product(half, half.mT), ridge, factors)
+
+
+def _power(x: Tensor, exponent: float) -> Tensor:
+    """``x ** exponent``, the same bits wherever in a stack a matrix lies.
+
+    A last few elements that do not fill a vector register go through other code, which may round
+    otherwise.
+    """
+    filled = F.pad(x.flatten(), (0, -x.numel() % 64), value=1.0)
+    return filled.pow(exponent)[: x.numel()].view_as(x)
 
 
 def _certificate(matrix: Tensor, attempt: _Attempt, exponent: float) -> Tensor:
