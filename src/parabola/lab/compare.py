@@ -225,4 +225,4 @@ def _one(
             write(results, path)
         for observer in observers:
             observer.end(run)
-    team.settle()
+    team.settle(run["error"])

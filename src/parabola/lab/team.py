@@ -23,8 +23,8 @@ from parabola.lab.results import RankFacts
 
 PATIENCE = timedelta(minutes=10)
 """How long a process waits for the others: rank 0 may be evaluating."""
-TOGETHER = timedelta(seconds=30)
-"""How far apart the ends of a run may be, when something has failed."""
+TOGETHER = timedelta(seconds=60)
+"""How far apart processes may end a run; more than that, and one has failed alone."""
 
 
 class Alone:
@@ -61,8 +61,8 @@ class Alone:
         """The facts of all; None of a single process."""
         return None
 
-    def settle(self) -> None:
-        """Wait until all have ended a run, well or not."""
+    def settle(self, error: str | None = None) -> None:
+        """Wait until all have ended a run, well or with an error of their own."""
 
 
 class Team(Alone):
@@ -70,6 +70,7 @@ class Team(Alone):
 
     def __init__(self) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self._ends = dist.new_group(timeout=TOGETHER)
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """Gradients are averaged as they come."""
@@ -108,13 +109,17 @@ class Team(Alone):
         dist.all_gather_object(found, facts)
         return found
 
-    def settle(self) -> None:
-        """Where one has failed alone the others wait elsewhere: this one ends, and the job with it.
+    def settle(self, error: str | None = None) -> None:
+        """Where one has failed alone the others wait elsewhere: it ends, and the job with it.
 
         Raises:
             RuntimeError: some process did not come.
         """
-        dist.monitored_barrier(timeout=TOGETHER)
+        try:
+            dist.barrier(self._ends)
+        except RuntimeError as e:
+            own = error or "no error of its own"
+            raise RuntimeError(f"process {self.rank} has ended a run alone: {own}") from e
 
 
 def share(batch: Any, rank: int, size: int) -> Any:
