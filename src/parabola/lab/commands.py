@@ -12,14 +12,21 @@ from typer.core import TyperGroup
 
 import parabola
 from parabola.lab.arguments import budget_of, device_of, optimizer_names
-from parabola.lab.compare import Comparison, compare
+from parabola.lab.compare import Comparison, compare, prepare, refuse_uneven
 from parabola.lab.data import data_folder
 from parabola.lab.errors import MissingDataError, UsageError
 from parabola.lab.planning import plan_command
 from parabola.lab.progress import TensorBoard, watcher
 from parabola.lab.registry import find_workload
-from parabola.lab.results import Run, read
-from parabola.lab.tables import optimizer_table, summary_table, trial_table, workload_table
+from parabola.lab.results import Results, Run, read
+from parabola.lab.tables import (
+    optimizer_table,
+    rank_table,
+    summary_table,
+    trial_table,
+    workload_table,
+)
+from parabola.lab.team import Alone, launch, launched, team
 from parabola.lab.train import Observer
 
 
@@ -93,6 +100,7 @@ def _options(
         "parabola compare mnist-autoencoder --data-dir ~/data --seconds 120 --resume",
         "parabola compare digits --optimizers adamw,sonew:band=0,sonew,sonew:band=4",
         "parabola compare path/to/task.py:MyTask --optimizers adamw,shampoo",
+        "parabola compare digits --nproc 2 --optimizers adamw,shampoo,soap",
     ),
 )
 def compare_command(
@@ -118,6 +126,10 @@ def compare_command(
     data_dir: DataDir = None,
     device: Device = "auto",
     threads: Threads = None,
+    nproc: Annotated[
+        int,
+        typer.Option(min=1, help="Processes that share every batch: started here, on the CPU."),
+    ] = 1,
     resume: Annotated[
         bool, typer.Option("--resume", help="Keep the finished runs in the folder, do the rest.")
     ] = False,
@@ -136,24 +148,60 @@ def compare_command(
     """
     if resume and overwrite:
         raise UsageError("--resume keeps the results, --overwrite replaces them: choose one")
-    console = _console()
+    started = launched()
+    nproc = started or nproc
     task = find_workload(workload)
     names = optimizer_names(optimizers)
     budget = budget_of(task, steps, seconds)
-    place = device_of(device, threads)
+    place = device_of(device if nproc == 1 or device != "auto" else "cpu", threads)
     folder = out or Path("runs") / task.name
     task.load(data_folder(data_dir))
     path = folder / "results.json"
-    if overwrite:
-        path.unlink(missing_ok=True)
+    comparison = Comparison(task, names, seeds, budget, place, nproc)
+    if nproc == 1 or started:
+        if overwrite:
+            path.unlink(missing_ok=True)
+        with team(nproc) as processes:
+            results = _compare(comparison, folder, resume, tensorboard, processes)
+    else:
+        refuse_uneven(comparison)
+        if overwrite:
+            path.unlink(missing_ok=True)
+        prepare(comparison, path, resume=resume)  # what is wrong shows once, not in every process
+        given: dict[str, object] = {
+            "--optimizers": optimizers,
+            "--seeds": seeds,
+            "--steps": steps,
+            "--seconds": seconds,
+            "--out": folder,
+            "--data-dir": data_dir,
+            "--threads": threads,
+        }
+        words = [str(x) for pair in given.items() if pair[1] is not None for x in pair]
+        words += ["--device", place.type, *["--resume"] * resume, *["--tensorboard"] * tensorboard]
+        if launch(nproc, ["compare", workload, *words]):
+            typer.secho(f"A process has failed; finished runs are in {path}.", fg="red", err=True)
+            raise typer.Exit(1)
+        results = read(path)
+    if not started and any(run["status"] == "failed" for run in results["runs"]):
+        raise typer.Exit(1)
+
+
+def _compare(
+    comparison: Comparison, folder: Path, resume: bool, tensorboard: bool, processes: Alone
+) -> Results:
+    """Run a comparison in this process and, where it is the first one, show and report it."""
+    path, report, task = folder / "results.json", folder / "report.html", comparison.workload
+    if processes.rank:
+        return compare(comparison, path, resume=resume, team=processes)
+    console = _console()
     observers: list[Observer] = [TensorBoard(folder / "tensorboard")] if tensorboard else []
     from parabola.lab.report import write_report
 
-    report = folder / "report.html"
-    comparison = Comparison(task, names, seeds, budget, place)
+    runs = len(comparison.optimizers) * comparison.seeds
     try:
-        with watcher(console, task.metric, len(names) * seeds, _optimizer_and_seed) as view:
-            results = compare(comparison, path, [view, *observers], resume=resume)
+        with watcher(console, task.metric, runs, _optimizer_and_seed) as view:
+            results = compare(comparison, path, [view, *observers], resume=resume, team=processes)
     except KeyboardInterrupt:
         typer.secho(
             f"\nInterrupted; finished runs are in {path}. Go on with --resume.",
@@ -165,11 +213,12 @@ def compare_command(
         raise typer.Exit(130) from None
     write_report(dict(results), report)
     console.print(summary_table(results))
+    if comparison.nproc > 1:
+        console.print(rank_table(results))
     console.print(
         f"Results: {path}\nReport:  {report}", markup=False, highlight=False, soft_wrap=True
     )
-    if any(run["status"] == "failed" for run in results["runs"]):
-        raise typer.Exit(1)
+    return results
 
 
 @app.command(

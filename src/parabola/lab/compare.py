@@ -13,6 +13,7 @@ import torch
 from parabola.lab.errors import UsageError
 from parabola.lab.optimizers import build, check_options, entry, variant
 from parabola.lab.results import SCHEMA, Results, Run, Settings, environment, read, write
+from parabola.lab.team import Alone, share
 from parabola.lab.train import Budget, Observer, new_run, train
 from parabola.lab.workload import Curved, Setting, Workload
 
@@ -29,6 +30,7 @@ class Comparison:
         seeds: Number of seeds: 0, 1, ..., seeds - 1.
         budget: Steps or seconds of each run.
         device: Where to train.
+        nproc: Processes that share every batch.
     """
 
     workload: Workload
@@ -36,6 +38,7 @@ class Comparison:
     seeds: int
     budget: Budget
     device: torch.device
+    nproc: int = 1
 
 
 def setting(workload: Workload, optimizer: str) -> Setting:
@@ -66,7 +69,12 @@ def setting(workload: Workload, optimizer: str) -> Setting:
 
 
 def compare(
-    comparison: Comparison, path: Path, observers: Sequence[Observer] = (), *, resume: bool = False
+    comparison: Comparison,
+    path: Path,
+    observers: Sequence[Observer] = (),
+    *,
+    resume: bool = False,
+    team: Alone | None = None,
 ) -> Results:
     """Train every optimizer with every seed and write the results file after each run.
 
@@ -78,6 +86,8 @@ def compare(
         path: The results file.
         observers: Told about every run, step and evaluation.
         resume: Keep the finished and diverged runs that are in the file, and run the rest.
+        team: The processes that train together, of which the first one writes the file; by default
+            this one alone.
 
     Returns:
         What the file holds at the end.
@@ -86,13 +96,33 @@ def compare(
         UsageError: The file exists and `resume` is off, or its runs were made with other settings.
         KeyboardInterrupt: Passed on after the file was written, the interrupted run included.
     """
-    planned = _planned(comparison)
-    results = _start(comparison, path, planned, resume)
+    team = team or Alone()
+    planned, results = prepare(comparison, path, resume=resume)
+    team.settle()  # all have read the file
     done = {(run["optimizer"], run["seed"]) for run in results["runs"]}
     for run in planned:
         if (run["optimizer"], run["seed"]) not in done:
-            _one(comparison, run, results, path, observers)
+            _one(comparison, run, results, path, observers, team)
     return results
+
+
+def prepare(comparison: Comparison, path: Path, *, resume: bool) -> tuple[list[Run], Results]:
+    """All runs of a comparison, and what the file holds before them; nothing is written.
+
+    Raises:
+        UsageError: See `compare`.
+    """
+    planned = _planned(comparison)
+    return planned, _start(comparison, path, planned, resume)
+
+
+def refuse_uneven(comparison: Comparison) -> None:
+    """Look at a batch before processes are started.
+
+    Raises:
+        UsageError: They cannot share it evenly.
+    """
+    share(next(comparison.workload.batches(0)), 0, comparison.nproc)
 
 
 def _planned(comparison: Comparison) -> list[Run]:
@@ -118,6 +148,8 @@ def _start(comparison: Comparison, path: Path, planned: list[Run], resume: bool)
         "device": comparison.device.type,
         "threads": torch.get_num_threads(),
     }
+    if comparison.nproc > 1:
+        settings["nproc"] = comparison.nproc
     if path.exists():
         if not resume:
             raise UsageError(
@@ -169,12 +201,18 @@ def _differences(prefix: str, old: dict[str, Any], new: dict[str, Any]) -> set[s
 
 
 def _one(
-    comparison: Comparison, run: Run, results: Results, path: Path, observers: Sequence[Observer]
+    comparison: Comparison,
+    run: Run,
+    results: Results,
+    path: Path,
+    observers: Sequence[Observer],
+    team: Alone,
 ) -> None:
     for observer in observers:
         observer.begin(run, comparison.budget)
     try:
-        train(comparison.workload, run, comparison.budget, comparison.device, list(observers))
+        task, budget = comparison.workload, comparison.budget
+        train(task, run, budget, comparison.device, list(observers), team)
     except Exception as error:  # one broken run must not take the others with it
         where = traceback.extract_tb(error.__traceback__)[-1]
         run["status"] = "failed"
@@ -183,6 +221,8 @@ def _one(
         )
     finally:
         results["runs"].append(run)
-        write(results, path)
+        if team.rank == 0:
+            write(results, path)
         for observer in observers:
             observer.end(run)
+    team.settle(run["error"])

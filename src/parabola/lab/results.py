@@ -4,8 +4,10 @@
 import json
 import os
 import platform
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from statistics import median
+from typing import Any, Literal, NotRequired, TypedDict
 
 import torch
 
@@ -41,6 +43,14 @@ class StepSeconds(TypedDict):
     optimizer: float
 
 
+class RankFacts(TypedDict):
+    """What one of several processes spent, means over the steps of a run."""
+
+    optimizer_seconds: float
+    bytes_sent: float
+    state_bytes: int
+
+
 class Run(TypedDict):
     """One training run: a workload, an optimizer, a seed."""
 
@@ -63,6 +73,7 @@ class Run(TypedDict):
     compile_seconds: float
     state_bytes: int
     parameter_bytes: int
+    ranks: NotRequired[list[RankFacts]]
     versions: dict[str, str]
 
 
@@ -87,6 +98,7 @@ class Settings(TypedDict):
     seconds: float | None
     device: str
     threads: int
+    nproc: NotRequired[int]
 
 
 class Results(TypedDict):
@@ -98,6 +110,25 @@ class Results(TypedDict):
     environment: dict[str, str | int]
     settings: Settings
     runs: list[Run]
+
+
+def by_rank(runs: Sequence[Mapping[str, Any]]) -> dict[str, list[RankFacts]]:
+    """For every optimizer what each of its processes spent, medians over the seeds."""
+    found: dict[str, list[Sequence[RankFacts]]] = {}
+    for run in runs:
+        if run.get("ranks"):
+            found.setdefault(run["optimizer"], []).append(run["ranks"])
+    return {
+        optimizer: [
+            {
+                "optimizer_seconds": median(facts["optimizer_seconds"] for facts in seeds),
+                "bytes_sent": median(facts["bytes_sent"] for facts in seeds),
+                "state_bytes": max(facts["state_bytes"] for facts in seeds),
+            }
+            for seeds in zip(*rows, strict=True)
+        ]
+        for optimizer, rows in found.items()
+    }
 
 
 def versions() -> dict[str, str]:

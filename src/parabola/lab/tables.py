@@ -10,7 +10,7 @@ from rich.table import Table
 
 from parabola.lab.optimizers import OPTIMIZERS
 from parabola.lab.registry import find_workload, names
-from parabola.lab.results import Results, Run
+from parabola.lab.results import Results, Run, by_rank
 
 
 def summary_table(results: Results) -> Table:
@@ -79,6 +79,24 @@ def _spread(values: Sequence[float], form: str) -> str:
     middle = format(statistics.median(values), form)
     low, high = format(min(values), form), format(max(values), form)
     return middle if low == high else f"{middle} ({low} - {high})"
+
+
+def rank_table(results: Results) -> Table:
+    """What each process spent: milliseconds a step in the optimizer, and bytes sent."""
+    table = Table(title="Processes, medians over seeds", title_justify="left")
+    table.add_column("optimizer")
+    for column in ("process", "optimizer.step() ms", "sent a step, KiB", "state MiB"):
+        table.add_column(column, justify="right")
+    for optimizer, ranks in by_rank(results["runs"]).items():
+        for rank, facts in enumerate(ranks):
+            table.add_row(
+                "" if rank else optimizer,
+                str(rank),
+                f"{1e3 * facts['optimizer_seconds']:.2f}",
+                f"{facts['bytes_sent'] / 2**10:.1f}",
+                f"{facts['state_bytes'] / 2**20:.2f}",
+            )
+    return table
 
 
 def workload_table() -> Table:

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from parabola.lab.optimizers import build, entry, state_bytes
 from parabola.lab.results import Run, StepSeconds, versions
 from parabola.lab.schedules import SCHEDULES
+from parabola.lab.team import Alone
 from parabola.lab.workload import Curved, Setting, Workload
 from parabola.optimizer import SecondOrder
 
@@ -78,7 +79,12 @@ def new_run(workload: Workload, optimizer: str, setting: Setting, seed: int) -> 
 
 
 def train(
-    workload: Workload, run: Run, budget: Budget, device: torch.device, observers: list[Observer]
+    workload: Workload,
+    run: Run,
+    budget: Budget,
+    device: torch.device,
+    observers: list[Observer],
+    team: Alone | None = None,
 ) -> None:
     """Train one model and fill in the record of the run, also when it is interrupted half-way.
 
@@ -94,16 +100,18 @@ def train(
         budget: Steps or seconds.
         device: Where to train.
         observers: Told about every step and every evaluation.
+        team: The processes that train together; by default this one alone.
     """
+    team = team or Alone()
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(run["seed"])
         model = workload.model().to(device)
         run["parameter_bytes"] = sum(p.numel() * p.element_size() for p in model.parameters())
         with torch.random.fork_rng(devices=devices):
-            run["compile_seconds"] = _compile(workload, run, copy.deepcopy(model), device)
+            run["compile_seconds"] = _compile(workload, run, copy.deepcopy(model), device, team)
         optimizer = build(run["optimizer"], model, run["hyperparameters"])
-        _train(workload, run, budget, device, observers, model, optimizer)
+        _train(workload, run, budget, device, observers, model, optimizer, team)
 
 
 def _train(
@@ -114,29 +122,33 @@ def _train(
     observers: list[Observer],
     model: nn.Module,
     optimizer: Optimizer,
+    team: Alone,
 ) -> None:
     peaks = [group["lr"] for group in optimizer.param_groups]
     schedule = SCHEDULES[run["schedule"]] if run["schedule"] else workload.schedule
     streams = _streams(workload, run["seed"])
     curve, clock = _Curve(run, budget), _Clock(device)
-    step, evaluations = 0, 0
+    step, evaluations, called = 0, 0, team.wrap(model)
     while True:
-        used = budget.used(step, clock.total)
+        # Steps are counted alike everywhere; seconds are not.
+        total = clock.total if budget.steps else team.clock(clock.total)
+        used = budget.used(step, total)
         due = math.floor(used * workload.evaluations + 1e-9) + 1  # 1e-9: step / steps is rounded
         if due > evaluations:
             evaluations = due
-            metrics = _evaluate(workload, model)
+            metrics = team.evaluate(lambda: _evaluate(workload, model))
             if not _record_metric(workload, run, step, clock.total, metrics):
                 return
             for observer in observers:
                 observer.evaluated(run, step, metrics)
         if used >= 1.0:
             run["status"] = "finished"
+            _tell(run, optimizer, step, clock, team)
             return
-        factor = schedule(_middle(budget, step, clock))
+        factor = schedule(_middle(budget, step, total))
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * factor
-        loss = _step(workload, model, optimizer, streams, clock)
+        loss = team.mean(_step(workload, called, optimizer, streams, clock, team))
         step += 1
         run["seconds_per_step"] = clock.per_step(step)
         if not math.isfinite(loss):
@@ -149,12 +161,27 @@ def _train(
             observer.step(run, step, budget.used(step, clock.total), loss)
 
 
-def _middle(budget: Budget, step: int, clock: "_Clock") -> float:
+def _tell(run: Run, optimizer: Optimizer, steps: int, clock: "_Clock", team: Alone) -> None:
+    """What each of several processes spent."""
+    sent = getattr(optimizer, "stats", {}).get("bytes_sent", 0)
+    ranks = team.gather(
+        {
+            "optimizer_seconds": clock.seconds["step"] / steps,
+            "bytes_sent": sent / steps,
+            "state_bytes": run["state_bytes"],
+        }
+    )
+    if ranks is not None:
+        run["ranks"] = ranks
+        run["state_bytes"] = max(rank["state_bytes"] for rank in ranks)
+
+
+def _middle(budget: Budget, step: int, seconds: float) -> float:
     # The schedule is read at the middle of the coming step: never 0 at either end.
     if budget.steps:
         return (step + 0.5) / budget.steps
-    expected = 0.5 * clock.total / step if step else 0.0
-    return min(max(budget.used(step, clock.total + expected), 1e-4), 1.0 - 1e-4)
+    expected = 0.5 * seconds / step if step else 0.0
+    return min(max(budget.used(step, seconds + expected), 1e-4), 1.0 - 1e-4)
 
 
 class _Streams(NamedTuple):
@@ -177,27 +204,34 @@ def _step(
     optimizer: Optimizer,
     streams: _Streams,
     clock: "_Clock",
+    team: Alone,
 ) -> float:
     clock.start()
     if isinstance(optimizer, SecondOrder) and isinstance(workload, Curved):
-        _feed(workload, model, optimizer, streams, clock)
-        clock.lap("optimizer")
-    batch = to_device(next(streams.training), clock.device)
+        _feed(workload, model, optimizer, streams, clock, team)
+        clock.lap("feed")
+    batch = to_device(team.share(next(streams.training)), clock.device)
     clock.lap("data")
     loss = workload.loss(model, batch)
     loss.backward()  # type: ignore[no-untyped-call]
     clock.lap("model")
     optimizer.step()
+    clock.lap("step")
     optimizer.zero_grad()
-    clock.lap("optimizer")
+    clock.lap("feed")
     return loss.item()
 
 
 def _feed(
-    workload: Curved, model: nn.Module, optimizer: SecondOrder, streams: _Streams, clock: "_Clock"
+    workload: Curved,
+    model: nn.Module,
+    optimizer: SecondOrder,
+    streams: _Streams,
+    clock: "_Clock",
+    team: Alone,
 ) -> None:
     if optimizer.wants_curvature:
-        batch = to_device(next(streams.curvature), clock.device)
+        batch = to_device(team.share(next(streams.curvature)), clock.device)
         with optimizer.curvature():
             workload.curvature_loss(model, batch).backward()  # type: ignore[no-untyped-call]
 
@@ -243,15 +277,17 @@ def _record_metric(
     return True
 
 
-def _compile(workload: Workload, run: Run, model: nn.Module, device: torch.device) -> float:
+def _compile(
+    workload: Workload, run: Run, model: nn.Module, device: torch.device, team: Alone
+) -> float:
     """Seconds that the first step on a throw-away copy takes beyond the second one."""
     options = {**run["hyperparameters"], **entry(run["optimizer"]).warmup}
     optimizer = build(run["optimizer"], model, options)
     streams = _streams(workload, run["seed"])
-    clock = _Clock(device)
-    _step(workload, model, optimizer, streams, clock)
+    clock, called = _Clock(device), team.wrap(model)
+    _step(workload, called, optimizer, streams, clock, team)
     first = clock.total
-    _step(workload, model, optimizer, streams, clock)
+    _step(workload, called, optimizer, streams, clock, team)
     return max(2 * first - clock.total, 0.0)
 
 
@@ -260,7 +296,7 @@ class _Clock:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.seconds = {"data": 0.0, "model": 0.0, "optimizer": 0.0}
+        self.seconds = {"data": 0.0, "model": 0.0, "feed": 0.0, "step": 0.0}
         self._last = 0.0
 
     @property
@@ -284,7 +320,7 @@ class _Clock:
         return {
             "total": self.total / steps,
             "model": self.seconds["model"] / steps,
-            "optimizer": self.seconds["optimizer"] / steps,
+            "optimizer": (self.seconds["feed"] + self.seconds["step"]) / steps,
         }
 
 

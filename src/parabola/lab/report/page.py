@@ -32,6 +32,7 @@ from parabola.lab.report.tables import (
     environment,
     interval,
     other_metrics,
+    rank_rows,
     run_row,
     settings_card,
     target_row,
@@ -100,6 +101,7 @@ def page_content(results: dict[str, Any]) -> dict[str, Any]:
         "table": [target_row(s, summaries, slots, others) for s in summaries],
         "baseline": label(BASELINE),
         "ratios": len(summaries) > 1 and any(s.name.lower() == BASELINE for s in summaries),
+        "ranks": rank_rows(summaries, slots),
         "settings": [settings_card(s, slots) for s in sorted(summaries, key=_by(slots))],
         "runs": [run_row(run, s, slots) for s in summaries for run in s.runs],
         "troubled": [
@@ -129,7 +131,7 @@ def command(results: dict[str, Any]) -> str:
     if runs:
         words += ["--optimizers", ",".join(dict.fromkeys(str(run["optimizer"]) for run in runs))]
         words += ["--seeds", str(len({run.get("seed") for run in runs}))]
-    for limit in ("steps", "seconds", "device"):
+    for limit in ("steps", "seconds", "device", "nproc"):
         if settings.get(limit) is not None:
             words += [f"--{limit}", str(settings[limit])]
     return shlex.join(words)

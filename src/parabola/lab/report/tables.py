@@ -21,6 +21,7 @@ from parabola.lab.report.summary import (
     number,
     ratio,
 )
+from parabola.lab.results import by_rank
 
 
 def _spread(spread: Spread, show: Callable[[float], str]) -> tuple[str, str]:
@@ -117,6 +118,23 @@ def run_row(run: Run, s: Summary, slots: dict[str, int]) -> dict[str, Any]:
         "step_time": duration(finite((run.get("seconds_per_step") or {}).get("total"))),
         "compile": duration(finite(run.get("compile_seconds"))),
     }
+
+
+def rank_rows(summaries: Sequence[Summary], slots: dict[str, int]) -> list[dict[str, Any]]:
+    """What each of several processes spent; nothing where there was one."""
+    return [
+        {
+            "label": "" if rank else s.label,
+            "slot": slots[s.name],
+            "rank": str(rank),
+            "seconds": duration(finite(facts["optimizer_seconds"])),
+            "sent": count(finite(facts["bytes_sent"])),
+            "state": count(finite(facts["state_bytes"])),
+        }
+        for s in summaries
+        for found in by_rank(s.runs).values()
+        for rank, facts in enumerate(found)
+    ]
 
 
 def environment(results: dict[str, Any], summaries: Sequence[Summary]) -> list[tuple[str, str]]:
