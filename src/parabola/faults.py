@@ -161,7 +161,8 @@ def on_failed_roots(stats: Stats, failures: Tensor) -> None:
 
 def raise_failed_roots(failed: float) -> None:
     """Raise RuntimeError after a step in which ``failed`` roots failed."""
+    where = f"{failed} inverse root(s)" if failed else "inverse root(s) of another rank"
     raise RuntimeError(
-        f"{failed} inverse root(s) failed in float64 with raised damping; the step was taken with "
-        "the previous ones (nonfinite='raise')"
+        f"{where} failed in float64 with raised damping; the step was taken with the previous ones "
+        "(nonfinite='raise')"
     )

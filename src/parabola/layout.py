@@ -89,7 +89,7 @@ class Layout:
         self._keys: list[str] = []
         self._views: list[Tensor] = []
         found = roster(method, group)
-        self._idle = [p for p in group["params"] if not wanted(p)]
+        self._wanted = list(map(wanted, group["params"]))
         self.params, self.names, routes = found
         self._blocks = [route.blocks for route in routes]
         self._kinds = list(map(kind, self.params))
@@ -244,7 +244,7 @@ class Layout:
             and len(self._params) == len(group["params"])
             and all(map(is_, self._params, group["params"]))
             and self._signature == signature(self._method, group)
-            and all(p.grad is None for p in self._idle)
+            and self._wanted == list(map(wanted, group["params"]))
             and all(map(is_, map(state.get, self.params), self._own))
             and all(map(is_, map(dict.get, self._owners, self._keys), self._views))
             and self._unmoved()

@@ -63,25 +63,27 @@ class SecondOrder(Stateful):
                 has changed then. Or a root failed under ``nonfinite="raise"``: the step is done
                 then, with the previous root.
         """
+        for index, group in enumerate(self.param_groups):
+            self._check(index, group)
         loss, exchange = None, self._connected()
-        with exchange.telling(len(self._feed.vectors)):
+        with exchange.telling(lambda: len(self._feed.vectors)):
             if closure is not None:
                 with torch.enable_grad():
                     loss = closure()
             intakes = [self._intake(i, group) for i, group in enumerate(self.param_groups)]
         verdicts = exchange.open(intakes, self._feed.vectors)
         failures = self.stats["root_failures"]
-        with exchange.telling(len(self._feed.vectors)):
+        with exchange.telling(lambda: len(self._feed.vectors)):
             work = list(self._work(verdicts))
             clock = self._clock() if any(map(self.method.fed, self.param_groups)) else 0
             for index, layout in work:
                 self._step_group(index, layout, verdicts[index], clock)
-        exchange.close()
+        failures = self.stats["root_failures"] - failures
+        failed = exchange.close(failures > 0)
         self.stats["steps"] += bool(work)
         self.stats["bytes_sent"] += exchange.sent
         self._feed = Feed()
-        failures = self.stats["root_failures"] - failures
-        if failures and any(self.param_groups[i]["nonfinite"] == "raise" for i, _ in work):
+        if failed and any(self.param_groups[i]["nonfinite"] == "raise" for i, _ in work):
             faults.raise_failed_roots(failures)
         return loss
 
@@ -240,8 +242,12 @@ class SecondOrder(Stateful):
         """
         params = [p for group in self.param_groups for p in group["params"]]
         blocks = len(self._feed.vectors) + self._feed.dropped
-        with captured(params, 64 * self._clock() + blocks, model, scaler) as vector:
-            yield
+        try:
+            with captured(params, 64 * self._clock() + blocks, model, scaler) as vector:
+                yield
+        except Exception:
+            self._connected().every(False)  # the others drop their part of the vector
+            raise
         if not any(map(self.method.fed, self.param_groups)):
             faults.on_idle_curvature(self.stats, type(self).__name__)
             return
@@ -296,14 +302,12 @@ class SecondOrder(Stateful):
 
         Raises:
             RuntimeError: one of them is of a kind that no method can take.
-            ValueError: a keyword has changed to a wrong value.
         """
         params = [p for p in group["params"] if wanted(p)]
         grads = [gradient(p) for p in params]
         given = [g for g in grads if g is not None]
         if not given:
             return Intake(group, params, grads, telling=False)
-        self._check(index, group)
         names = dict(zip(group["params"], names_of(group), strict=True))
         faults.refuse(grads, [names[p] for p in params])
         finite = group["nonfinite"] == "ignore" or faults.all_finite(given)

@@ -12,6 +12,8 @@ from parabola import faults, metrics
 from parabola.curvature.feed import Feed
 from parabola.distributed import Exchange, Local, connect
 from parabola.distributed.forecast import Rank, forecast, simulate
+from parabola.distributed.ranks import participants
+from parabola.geometry import is_sharded
 from parabola.layout import Layout
 from parabola.method import Method
 from parabola.options import frozen, validate
@@ -50,7 +52,7 @@ class Stateful(Optimizer):
     def _connected(self) -> Exchange:
         """Who takes part in a step."""
         if not self._exchange.serves(self.param_groups):
-            self._exchange = connect(self.method, self.param_groups, self._exchange)
+            self._exchange = connect(self.method, self.param_groups, self.state, self._exchange)
         return self._exchange
 
     def _clock(self) -> int:
@@ -119,7 +121,8 @@ class Stateful(Optimizer):
     def plan(self, vectors: int = 0) -> Plan:
         """What every parameter gets, why, and what it costs; ``print(opt.plan())`` is a table.
 
-        With several processes a collective call before the first step: what each of them will do.
+        With several processes it tells what each of them does; of parameters that are sharded only
+        after the first step, in which the processes learn of each other. No collective call.
 
         Args:
             vectors: How many curvature vectors come into the step whose messages are counted.
@@ -127,12 +130,15 @@ class Stateful(Optimizer):
         return plan_groups(self.method, self.param_groups, self._ranks(vectors))
 
     def _ranks(self, vectors: int) -> tuple[Rank, ...]:
-        """What every process of this run does."""
-        divided = self._connected().divided()
-        if divided is None:
-            return simulate(self.method, self.param_groups, vectors=vectors)
-        division, held = divided
-        return forecast(self.method, self.param_groups, held, division, vectors)
+        """What every process of this run does; nothing where only a step would tell."""
+        groups, divided = self.param_groups, self._exchange.divided()
+        if divided is not None and self._exchange.serves(groups):
+            division, held = divided
+            return forecast(self.method, groups, held, division, vectors)
+        ranks = participants(groups)
+        if any(is_sharded(p) for group in groups for p in group["params"]) and ranks:
+            return ()
+        return simulate(self.method, groups, replicas=max(len(ranks), 1), vectors=vectors)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group, at any time; see ``torch.optim.Optimizer.add_param_group``.
@@ -197,6 +203,9 @@ class Stateful(Optimizer):
             error = e
         if not self._exchange.every(error is None):
             raise error or ValueError("another rank lacks state that it needs; see its own message")
+        for index, layout in sorted(self._layouts.items()):
+            if self.method.fed(self.param_groups[index]):
+                layout.informed = self._exchange.every(layout.informed)
 
     def __getstate__(self) -> dict[str, Any]:
         self._land()

@@ -45,8 +45,11 @@ def assign(costs: Sequence[Load], loads: Sequence[Load]) -> tuple[list[int], lis
         full = []
         while queue and queue[0][2] + costs[unit].nbytes > limit:
             full.append(heapq.heappop(queue))
-        # Where nobody has room for it, the bound gives way.
-        flops, rank, nbytes = heapq.heappop(queue) if queue else full.pop(0)
+        if not queue:  # where nobody has room for it, the bound gives way
+            roomiest = min(full, key=lambda entry: entry[2])
+            full.remove(roomiest)
+            queue.append(roomiest)
+        flops, rank, nbytes = heapq.heappop(queue)
         owners[unit] = rank
         heapq.heappush(queue, (flops + costs[unit].flops, rank, nbytes + costs[unit].nbytes))
         for entry in full:

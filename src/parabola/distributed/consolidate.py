@@ -29,10 +29,12 @@ def consolidate(
     if to is not None and to not in range(world):
         raise ValueError(f"Invalid to value: {to!r}; allowed for to: None or 0 to {world - 1}")
     # Pieces exist on all ranks, so that all gather them in the same order.
-    own = {
-        index: {key: _on_host(value) for key, value in sorted(entries.items())}
-        for index, entries in sorted(state_dict["state"].items())
-    }
+    receives = dist.get_rank(ranks) == (0 if to is None else to)
+    own: dict[Any, dict[str, Any]] = {}
+    for index, entries in sorted(state_dict["state"].items()):
+        whole = {key: _on_host(value) for key, value in sorted(entries.items())}
+        # What all ranks have put together, one of them hands on.
+        own[index] = {k: v for k, v in whole.items() if receives or not is_sharded(entries[k])}
     found: list[Any] | None = None
     if to is None:
         found = [None] * world

@@ -99,7 +99,7 @@ def divide(
     rosters: Sequence[Roster],
     held: Held,
     ranks: int,
-    known: Mapping[tuple[int, int], int] | None = None,
+    known: Mapping[tuple[int, int, int], int] | None = None,
 ) -> Division:
     """Divide the blocks of a model.
 
@@ -109,7 +109,7 @@ def divide(
         rosters: Who takes part, of each.
         held: What lies where.
         ranks: How many there are.
-        known: Owners that stay what they are: (identity of a parameter, first block) -> rank.
+        known: Owners that stay what they are: (group, parameter, first block) -> rank.
 
     Returns:
         The division, the same on every rank that is given the same.
@@ -129,7 +129,7 @@ def divide(
                     wires.append(p.dtype if group["decoupled"] else state_dtype(p))
                     fed.append(tile.block.treated and method.fed(group))
                     boxes.append(held[index][slot])
-                    fixed.append((known or {}).get((id(p), first)))
+                    fixed.append((known or {}).get((index, slot, first)))
                     cost = method.cost(tile.block, group)
                     flops = tile.rows * (cost.step + cost.refresh / every + tile.block.numel)
                     costs.append(Load(flops, tile_bytes(method, tile, group, p)))

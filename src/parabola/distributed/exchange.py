@@ -5,7 +5,7 @@ The engine asks an `Exchange` about everything that another process could know o
 how many processes there are. `Local` is the answer of a single one.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -107,7 +107,7 @@ class Exchange(Protocol):
         ...
 
     @contextmanager
-    def telling(self, vectors: int) -> Iterator[None]:
+    def telling(self, vectors: Callable[[], int]) -> Iterator[None]:
         """An error inside is told to the other processes, which raise as well.
 
         Args:
@@ -139,8 +139,14 @@ class Exchange(Protocol):
         """Move the parameters of a bucket along its directions ``(n, *block)``."""
         ...
 
-    def close(self) -> None:
+    def close(self, failed: bool) -> bool:
         """End a step: every parameter has moved then.
+
+        Args:
+            failed: Whether a root failed in it here.
+
+        Returns:
+            Whether one failed anywhere.
 
         Raises:
             RuntimeError: another process reported an error.
@@ -189,7 +195,7 @@ class Local:
         raise NotImplementedError
 
     @contextmanager
-    def telling(self, vectors: int) -> Iterator[None]:
+    def telling(self, vectors: Callable[[], int]) -> Iterator[None]:
         """There is nobody to tell."""
         yield
 
@@ -230,9 +236,10 @@ class Local:
         """Move at once; ``d`` is used up."""
         move(*bucket.scatter(d), options)
 
-    def close(self) -> None:
+    def close(self, failed: bool) -> bool:
         """Everything has moved already."""
         self._spreads = []
+        return failed
 
     def agree(self, value: float) -> float:
         """Its own."""
@@ -262,7 +269,8 @@ def move(params: list[Tensor], values: list[Tensor], options: Options) -> None:
     if options["weight_decay"] and options["decoupled"]:
         torch._foreach_add_(values, params, alpha=options["weight_decay"])
     if isinstance(lr, Tensor):
-        d = values[0]
-        torch._foreach_mul_(values, lr.to(d.device, d.dtype).reshape(()))
+        for kind in {(d.device, d.dtype) for d in values}:
+            own = [d for d in values if (d.device, d.dtype) == kind]
+            torch._foreach_mul_(own, lr.to(*kind).reshape(()))
         lr = 1.0
     torch._foreach_add_(params, values, alpha=-lr)

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from parabola.distributed.exchange import Intake, Verdict
+from parabola.geometry import is_sharded
 
-FLAGS = 3
+FLAGS, ERROR, FAILED = 3, 1, 2
+"""Flags of a group; what the first byte says: an error, or failed roots on the way back."""
 
 
 def length(parameters: Sequence[int]) -> int:
@@ -35,7 +37,12 @@ def read(intakes: Sequence[Intake], headers: Tensor) -> Iterator[Verdict]:
     for x in intakes:
         flags = headers[:, start : start + FLAGS].bool()
         start += FLAGS
-        has = headers[:, start : start + len(x.grads)].bool().any(0).tolist()
+        there = headers[:, start : start + len(x.grads)].bool()
+        # Replicas stay equal: a whole parameter without a gradient somewhere is left alone.
+        has = [
+            bool(column.any() if is_sharded(p) else column.all())
+            for p, column in zip(x.params, there.T, strict=True)
+        ]
         start += len(x.grads)
         bad = flags[:, 0].nonzero().flatten().tolist()
         yield Verdict(has, bad, bool(flags[:, 1].any()), not bool(flags[:, 2].any()))
@@ -43,7 +50,7 @@ def read(intakes: Sequence[Intake], headers: Tensor) -> Iterator[Verdict]:
 
 def refuse_errors(headers: Tensor, rank: int, changed: str) -> None:
     """Raise RuntimeError where a rank has reported an error."""
-    failed = [r for r in headers[:, 0].nonzero().flatten().tolist() if r != rank]
+    failed = [r for r in (headers[:, 0] == ERROR).nonzero().flatten().tolist() if r != rank]
     if failed:
         raise RuntimeError(
             f"rank {' and '.join(map(str, failed))} raised an error in this step, see its own "

@@ -6,6 +6,7 @@ once, from geometry that all ranks share: `all_to_all_single` does not notice a 
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
 from math import prod
 from typing import NamedTuple
 
@@ -21,6 +22,15 @@ class Piece(NamedTuple):
 
     size: tuple[int, ...]
     dtype: torch.dtype
+
+
+class _Place(NamedTuple):
+    """Where a tensor lies in a message: its strides, and how many of its elements come before."""
+
+    size: tuple[int, ...]
+    dtype: torch.dtype
+    strides: tuple[int, ...]
+    start: int
 
 
 class Mail:
@@ -48,6 +58,7 @@ class Mail:
         self._group, self._header, self._device = group, header, device
         self._out, self._out_sizes = _placed(outgoing, header)
         self._in, self._in_sizes = _placed(incoming, header)
+        self._out_starts, self._in_starts = _starts(self._out_sizes), _starts(self._in_sizes)
         rank = dist.get_rank(group)
         self.sent = sum(n for r, n in enumerate(self._out_sizes) if r != rank)
 
@@ -69,12 +80,12 @@ class Mail:
         outbox = sending(sum(self._out_sizes), dtype=torch.uint8, device=self._device)
         inbox = torch.empty(sum(self._in_sizes), dtype=torch.uint8, device=self._device)
         here = header.to(self._device)
-        for start in _starts(self._out_sizes):
+        for start in self._out_starts:
             outbox[start : start + self._header] = here
         if tensors:
             torch._foreach_copy_(_views(outbox, self._out), list(tensors))
         dist.all_to_all_single(inbox, outbox, self._in_sizes, self._out_sizes, group=self._group)
-        headers = [inbox[start : start + self._header] for start in _starts(self._in_sizes)]
+        headers = [inbox[start : start + self._header] for start in self._in_starts]
         return torch.stack(headers).cpu(), _views(inbox, self._in) if keep else []
 
 
@@ -87,35 +98,23 @@ def gather(x: Tensor, group: "dist.ProcessGroup") -> Tensor:
     return into
 
 
-_Placed = list[tuple[Piece, int]]
-"""Pieces with their offset in bytes."""
-
-
-def _placed(messages: Sequence[Sequence[Piece]], header: int) -> tuple[_Placed, list[int]]:
-    """Offsets of all pieces, and the bytes of every message."""
+def _placed(messages: Sequence[Sequence[Piece]], header: int) -> tuple[list[_Place], list[int]]:
+    """Places of all pieces, and the bytes of every message."""
     offset, found, sizes = 0, [], []
     for message in messages:
         start, offset = offset, offset + padded(header)
-        for piece in message:
-            found.append((piece, offset))
-            offset += padded(prod(piece.size) * piece.dtype.itemsize)
+        for size, dtype in message:
+            strides = tuple(prod(size[axis + 1 :]) for axis in range(len(size)))
+            found.append(_Place(size, dtype, strides, offset // dtype.itemsize))
+            offset += padded(prod(size) * dtype.itemsize)
         sizes.append(offset - start)
     return found, sizes
 
 
 def _starts(sizes: Sequence[int]) -> list[int]:
-    return [sum(sizes[:i]) for i in range(len(sizes))]
+    return [0, *accumulate(sizes[:-1])]
 
 
-def _views(buffer: Tensor, placed: _Placed) -> list[Tensor]:
-    typed = {piece.dtype: buffer.view(piece.dtype) for piece, _ in placed}
-    return [
-        typed[piece.dtype].as_strided(
-            piece.size, _strides(piece.size), offset // piece.dtype.itemsize
-        )
-        for piece, offset in placed
-    ]
-
-
-def _strides(size: Sequence[int]) -> tuple[int, ...]:
-    return tuple(prod(size[axis + 1 :]) for axis in range(len(size)))
+def _views(buffer: Tensor, places: Sequence[_Place]) -> list[Tensor]:
+    typed = {dtype: buffer.view(dtype) for dtype in {place.dtype for place in places}}
+    return [typed[dtype].as_strided(size, strides, start) for size, dtype, strides, start in places]

@@ -37,7 +37,7 @@ class Owners(Local):
         method: What is done with the parameters.
         groups: The parameter groups.
         ranks: The process group.
-        previous: The exchange before this one, whose owners keep what they have.
+        state: The state of the optimizer: who holds a block of it owns the block.
 
     Raises:
         ValueError: on every rank, where they do not agree on the model or its options.
@@ -50,26 +50,30 @@ class Owners(Local):
         method: Method,
         groups: Sequence[Mapping[str, Any]],
         ranks: "dist.ProcessGroup",
-        previous: object = None,
+        state: Mapping[Tensor, Any],
     ) -> None:
         super().__init__()
         self._method, self._ranks = method, ranks
-        self._rank = dist.get_rank(ranks)
+        self._rank, self._world = dist.get_rank(ranks), dist.group.WORLD
         self._terms = [_terms(method, group) for group in groups]
         self._rosters = [roster(method, group) for group in groups]
         self._params = [[local(p) for p in found.params] for found in self._rosters]
         self._boxes = [[local_box(p) for p in found.params] for found in self._rosters]
-        self._held = held = survey(groups, self._rosters, ranks)
-        self._shards: list[Shards] = []
-        known = previous.known() if isinstance(previous, Owners) else {}
-        self.division = divide(
-            method, groups, self._rosters, held, dist.get_world_size(ranks), known
-        )
+        self._held, known = survey(groups, self._rosters, state, ranks)
+        self._shards: dict[tuple[int, ...], Shards] = {}
+        size = dist.get_world_size(ranks)
+        if any(method.fed(group) and coupled(group) for group in groups):
+            # The owner of a block would take the decayed gradient for a missing curvature vector.
+            raise ValueError(
+                "Invalid decoupled value: False with weight_decay and curvature from outside, with "
+                "several processes; allowed for decoupled there: True"
+            )
+        self.division = divide(method, groups, self._rosters, self._held, size, known)
         self._inward = _sorted(self.division.inward, self._rank)
         self._outward = _sorted(self.division.outward, self._rank)
         self._stand_ins = list(map(self._stand_in, range(len(self.division.units))))
         self._mails: dict[int | None, Mail] = {}
-        self._open = False
+        self._open = self._failed = False
         self._intakes: Sequence[Intake] = []
         self._verdicts: list[Verdict] = []
         self._sent_before = 0
@@ -79,6 +83,7 @@ class Owners(Local):
         """As long as parameters, treatment and processes are the same."""
         return (
             dist.is_initialized()
+            and self._world is dist.group.WORLD
             and len(groups) == len(self._terms)
             and all(
                 all(map(is_, params, group["params"])) and terms == _terms(self._method, group)[1]
@@ -86,13 +91,11 @@ class Owners(Local):
             )
         )
 
-    def known(self) -> dict[tuple[int, int], int]:
-        """The owner of every unit, by the identity of its parameter and its first block."""
-        rows = zip(self.division.units, self.division.owners, strict=True)
-        return {
-            (id(self._rosters[unit.group].params[unit.slot]), unit.first): owner
-            for unit, owner in rows
-        }
+    def group_for(self, ranks: Sequence[int]) -> "dist.ProcessGroup | None":
+        """This process group, if it is alive and of these global ranks."""
+        alive = self._world is dist.group.WORLD
+        same = alive and dist.get_process_group_ranks(self._ranks) == list(ranks)
+        return self._ranks if same else None
 
     def divided(self) -> tuple[Division, Held]:
         """The division, and the boxes behind it."""
@@ -117,26 +120,28 @@ class Owners(Local):
 
     def shards(self, index: int, slots: Sequence[int]) -> Shards:
         """The boxes of these parameters on all ranks; what is sent for them counts here too."""
-        params = self._rosters[index].params
-        found = Shards(
-            self._ranks,
-            [tuple(params[slot].shape) for slot in slots],
-            [self._held[index][slot] for slot in slots],
-        )
-        self._shards.append(found)
-        return found
+        key, params = (index, *slots), self._rosters[index].params
+        if key not in self._shards:
+            self._shards[key] = Shards(
+                self._ranks,
+                [tuple(params[slot].shape) for slot in slots],
+                [self._held[index][slot] for slot in slots],
+            )
+        return self._shards[key]
 
     @contextmanager
-    def telling(self, vectors: int) -> Iterator[None]:
+    def telling(self, vectors: Callable[[], int]) -> Iterator[None]:
         """An error inside is told to the other ranks, in the collective that they wait in."""
         try:
             yield
         except Exception:
             failed = torch.ones(self.division.header, dtype=torch.uint8, device="cpu")
             if not self._open:
-                self._mail(vectors).post(failed, [])
+                self._mail(vectors()).post(failed, [])
             elif self.division.returns:
                 self._mail(None).post(failed[:1], [])
+            else:
+                self._failed = True  # told when the next step begins
             self._open = False
             raise
 
@@ -146,6 +151,9 @@ class Owners(Local):
         Raises:
             RuntimeError: another rank reported an error; nothing has changed then.
         """
+        if self._failed:
+            with self.telling(lambda: len(vectors)):
+                raise RuntimeError("this rank raised an error in the step before: start anew")
         super().open(intakes, vectors)
         self._intakes = intakes
         self._params = [list(map(local, found.params)) for found in self._rosters]
@@ -169,7 +177,7 @@ class Owners(Local):
                 whole = self._joined(i, [(t, tensors[vector]) for t, tensors in parts])
                 self._spreads[index][vector].parts[key] = whole
         self._open = True
-        self._sent_before = sum(shards.sent for shards in self._shards)
+        self._sent_before = sum(shards.sent for shards in self._shards.values())
         return self._verdicts
 
     def collect(self, bucket: Bucket, grads: Sequence[Tensor], options: Options) -> Tensor:
@@ -187,7 +195,7 @@ class Owners(Local):
         for member, value in zip(bucket.members, bucket.scatter(d)[1], strict=True):
             self._ready[id(member.param)] = value
 
-    def close(self) -> None:
+    def close(self, failed: bool) -> bool:
         """Send the directions back, and move all that lies here.
 
         Raises:
@@ -198,10 +206,11 @@ class Owners(Local):
         self._open = False
         if division.returns:
             mail = self._mail(None)
-            fine = torch.zeros(1, dtype=torch.uint8, device="cpu")
-            headers, received = mail.post(fine, [self._direction(t) for t in leaving])
+            told = torch.full((1,), header.FAILED * failed, dtype=torch.uint8, device="cpu")
+            headers, received = mail.post(told, [self._direction(t) for t in leaving])
             self.sent += mail.sent
             header.refuse_errors(headers, self._rank, "the statistics have moved already")
+            failed = bool((headers == header.FAILED).any())
         found = [*zip(coming, received, strict=True), *((t, self._direction(t)) for t in staying)]
         for index, (intake, verdict) in enumerate(zip(self._intakes, self._verdicts, strict=True)):
             units = division.units
@@ -210,9 +219,9 @@ class Owners(Local):
             if own and not verdict.bad:
                 params = [self._here(t, self._params) for t, _ in own]
                 move(params, [d for _, d in own], intake.group)
-        self.sent += sum(shards.sent for shards in self._shards) - self._sent_before
+        self.sent += sum(shards.sent for shards in self._shards.values()) - self._sent_before
         self._ready, self._intakes = {}, []
-        super().close()
+        return super().close(failed)
 
     def agree(self, value: float) -> float:
         """The largest of all ranks."""
@@ -304,8 +313,9 @@ class Owners(Local):
 def _terms(method: Method, group: Mapping[str, Any]) -> tuple[list[Tensor], tuple[Any, ...]]:
     """What of a group decides the division: its parameters, and how they are treated."""
     params = list(group["params"])
-    rest = (len(params), signature(method, group), group["decoupled"], group["distributed"])
-    return params, (*rest, *map(wanted, params))
+    shared = (group["decoupled"], group["distributed"], method.fed(group) and coupled(group))
+    rest = (len(params), signature(method, group), *shared)
+    return params, (*rest, *((wanted(p), p.dtype, p.device) for p in params))
 
 
 def _sorted(

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from parabola.distributed.exchange import Local
 from parabola.distributed.mail import gather
@@ -37,14 +38,14 @@ class Roots(Owners):
         method: Method,
         groups: Sequence[Mapping[str, Any]],
         ranks: "dist.ProcessGroup",
-        previous: object = None,
+        state: Mapping[Tensor, Any],
     ) -> None:
         if any(group.get("refresh") == "async" for group in groups):
             raise ValueError(
                 "Invalid refresh value: 'async' with distributed='roots'; allowed there: 'inline' "
                 "or 'staggered' (with distributed='auto' owners have host threads of their own)"
             )
-        super().__init__(method, groups, ranks, previous)
+        super().__init__(method, groups, ranks, state)
         self._loads = [0.0] * dist.get_world_size(ranks)
 
     def solve(self, method: Method, job: Job) -> Refreshed:
