@@ -132,3 +132,18 @@ def test_distributed_tensors_of_one_rank_are_stepped_as_plain_ones(method, tmp_p
 def test_a_negative_tensor_is_no_learning_rate(method):
     with pytest.raises(ValueError, match="Invalid learning rate"):
         method(make_params(), lr=torch.tensor(-1.0))
+
+
+@every_engine_method
+def test_parameters_may_be_frozen_and_thawed(method):
+    params = make_params()
+    optimizer = method(params, lr=0.01)
+    for frozen in (0, 1, None, 0, None):
+        for i, p in enumerate(params):
+            p.requires_grad_(i != frozen)
+            p.grad = None if i == frozen else torch.randn_like(p)
+        before = [p.detach().clone() for p in params]
+        optimizer.step()
+        moved = [not torch.equal(p, old) for p, old in zip(params, before, strict=True)]
+        assert any(moved)
+        assert frozen is None or not moved[frozen]

@@ -9,6 +9,10 @@ SLACK = 1.25
 """State bytes of a rank, over the mean, from which on others are preferred."""
 
 
+SCRAMBLE = 0x9E3779B1
+"""An odd multiplier: consecutive numbers come out far apart (Knuth's multiplicative hashing)."""
+
+
 class Load(NamedTuple):
     """What one rank carries.
 
@@ -25,8 +29,10 @@ def assign(costs: Sequence[Load], loads: Sequence[Load]) -> tuple[list[int], lis
     """Give every unit of work to a rank, the most expensive first, to whoever has least.
 
     Longest-processing-time rule: without the bound on bytes the largest load is at most 4/3 of the
-    best possible (Graham 1969). Equal costs keep their order, equal loads go to the lower rank: the
-    result depends on nothing but the arguments.
+    best possible (Graham 1969). Equal loads go to the lower rank, equal costs come in a scrambled
+    order: in their own one owners would keep step with the phases of staggered refreshes, and at
+    every step one rank would work while the others wait. The result depends on nothing but the
+    arguments.
 
     Args:
         costs: Of every unit.
@@ -41,7 +47,9 @@ def assign(costs: Sequence[Load], loads: Sequence[Load]) -> tuple[list[int], lis
     queue = [(load.flops, rank, load.nbytes) for rank, load in enumerate(loads)]
     heapq.heapify(queue)
     owners = [0] * len(costs)
-    for unit in sorted(range(len(costs)), key=lambda i: -costs[i].flops):
+    for unit in sorted(
+        range(len(costs)), key=lambda i: (-costs[i].flops, i * SCRAMBLE % (1 << 32))
+    ):
         full = []
         while queue and queue[0][2] + costs[unit].nbytes > limit:
             full.append(heapq.heappop(queue))

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What happens to owners and replicas when something changes in the middle of a run."""
+
+import copy
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import parabola
+
+
+def trained(**options):
+    """A model of equal layers with equal gradients on all ranks, after two steps."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(3)))
+    optimizer = parabola.Shampoo(model[:2].named_parameters(), start_step=1, **options)
+    step(model, optimizer, 2)
+    return model, optimizer
+
+
+def step(model, optimizer, times=1):
+    for t in range(times):
+        generator = torch.Generator().manual_seed(t)
+        for p in model.parameters():
+            p.grad = torch.randn(p.shape, generator=generator).to(p)
+        optimizer.step()
+
+
+def held(optimizer):
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    return sorted(
+        (i, key)
+        for i, p in enumerate(params)
+        for key in optimizer.state.get(p, ())
+        if key.endswith("/left_root")
+    )
+
+
+def owners_stay():
+    model, optimizer = trained()
+    before = held(optimizer)
+    optimizer.add_param_group({"params": list(model[2].named_parameters())})
+    step(model, optimizer)
+    after = held(optimizer)
+    assert set(before) <= set(after), (before, after)
+    for group in optimizer.param_groups:
+        group["update_every"] = 1
+    step(model, optimizer)
+    assert held(optimizer) == after, "a keyword moved blocks"
+    optimizer.load_state_dict(optimizer.state_dict())
+    step(model, optimizer)
+    assert held(optimizer) == after, "a load moved blocks"
+    other = copy.deepcopy(optimizer)
+    for group, own in zip(other.param_groups, optimizer.param_groups, strict=True):
+        assert len(group["params"]) == len(own["params"])
+    step_copy = [p for group in other.param_groups for p in group["params"]]
+    for p in step_copy:
+        p.grad = torch.zeros_like(p)
+    other.step()
+    assert held(other) == after, "a copy moved blocks"
+    return held(optimizer)
+
+
+def test_owners_keep_what_they_hold(pool):
+    blocks = pool.run(owners_stay, world_size=2)
+    assert not set(blocks[0]) & set(blocks[1])
+    assert len(blocks[0]) + len(blocks[1]) == 3
+
+
+def one_lacks_a_gradient():
+    model, optimizer = trained(lr=0.1)
+    start = model[0].bias.detach().clone()
+    model[0].bias.grad = None if dist.get_rank() else torch.ones(16)
+    model[1].bias.grad = torch.ones(16)
+    optimizer.step()
+    return model[0].bias.detach(), start, model[1].bias.detach()
+
+
+def test_replicas_stay_equal_where_one_lacks_a_gradient(pool):
+    (a, start, b), (c, _, d) = pool.run(one_lacks_a_gradient, world_size=2)
+    assert torch.equal(a, start) and torch.equal(c, start)
+    assert torch.equal(b, d)
+
+
+def dtype_changes():
+    model, optimizer = trained()
+    model.double()
+    for p in model.parameters():
+        p.grad = None
+    step(model, optimizer)
+    return {x.dtype for own in optimizer.state.values() for k, x in own.items() if "root" in k}
+
+
+def test_state_follows_the_dtype_of_its_parameter(pool):
+    found = pool.run(dtype_changes, world_size=2)
+    assert set.union(*found) == {torch.float64}
+
+
+def roots_fail():
+    model, optimizer = trained(update_every=1, nonfinite="raise")
+    for own in optimizer.state.values():
+        for key, x in own.items():
+            if key.endswith("/left") and dist.get_rank() == 1:
+                x.fill_(torch.nan)
+    try:
+        step(model, optimizer)
+    except RuntimeError as e:
+        return str(e)
+    return None
+
+
+def test_a_failed_root_raises_on_every_rank(pool):
+    first, second = pool.run(roots_fail, world_size=2)
+    assert "another rank" in first
+    assert "failed in float64" in second
+
+
+def group_made_anew(store):
+    model, optimizer = trained()
+    old = optimizer._exchange
+    dist.destroy_process_group()
+    name = "again"
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}/{name}", rank=old._rank, world_size=2
+    )
+    step(model, optimizer)
+    return optimizer._exchange is not old
+
+
+def test_a_process_group_may_be_made_anew(pool, tmp_path):
+    with warnings.catch_warnings():
+        assert all(pool.run(group_made_anew, world_size=2, store=str(Path(tmp_path))))
