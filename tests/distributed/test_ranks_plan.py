@@ -41,7 +41,6 @@ def observed(spec):
     """Per step the curvature vectors and bytes sent; state, parameters, messages and plans."""
     spread = nets.WRAPPERS[spec.wrapper](spec.model())
     optimizer = spec.optimizer(spread.bare, "auto")
-    plans = [optimizer.plan().ranks, optimizer.plan(1).ranks]
     steps = []
     for t in BATCHES:
         before, vectors = optimizer.stats["bytes_sent"], int(optimizer.wants_curvature)
@@ -52,6 +51,7 @@ def observed(spec):
         nets.loss(spread.model, t, spread.share).backward()
         optimizer.step()
         steps.append((vectors, optimizer.stats["bytes_sent"] - before))
+    plans = [optimizer.plan().ranks, optimizer.plan(1).ranks]
     local = [
         nets.local(x, x)
         for p in spread.bare.parameters()
