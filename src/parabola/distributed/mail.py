@@ -62,16 +62,13 @@ class Mail:
         rank = dist.get_rank(group)
         self.sent = sum(n for r, n in enumerate(self._out_sizes) if r != rank)
 
-    def post(
-        self, header: Tensor, tensors: Sequence[Tensor], keep: bool = True
-    ) -> tuple[Tensor, list[Tensor]]:
+    def post(self, header: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Send and receive.
 
         Args:
             header: ``(header,)`` uint8 on the host, for every rank.
             tensors: The outgoing pieces, rank after rank; converted to the dtype of their piece.
                 None of them: the pieces are zeros.
-            keep: False: the pieces that come in are of no interest.
 
         Returns:
             The headers ``(ranks, header)`` on the host, and the incoming pieces, rank after rank.
@@ -86,7 +83,7 @@ class Mail:
             torch._foreach_copy_(_views(outbox, self._out), list(tensors))
         dist.all_to_all_single(inbox, outbox, self._in_sizes, self._out_sizes, group=self._group)
         headers = [inbox[start : start + self._header] for start in self._in_starts]
-        return torch.stack(headers).cpu(), _views(inbox, self._in) if keep else []
+        return torch.stack(headers).cpu(), _views(inbox, self._in)
 
 
 def gather(x: Tensor, group: "dist.ProcessGroup") -> Tensor:

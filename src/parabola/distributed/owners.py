@@ -5,6 +5,7 @@ One collective each way. The first one also carries what every rank has seen (a 
 gradient, an error of its own), so that all of them decide alike before any state has changed.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from operator import is_
@@ -212,13 +213,15 @@ class Owners(Local):
             header.refuse_errors(headers, self._rank, "the statistics have moved already")
             failed = bool((headers == header.FAILED).any())
         found = [*zip(coming, received, strict=True), *((t, self._direction(t)) for t in staying)]
-        for index, (intake, verdict) in enumerate(zip(self._intakes, self._verdicts, strict=True)):
-            units = division.units
-            own = [(t, d) for t, d in found if units[t.unit].group == index]
-            own = [(t, d) for t, d in own if verdict.has[units[t.unit].slot]]
-            if own and not verdict.bad:
-                params = [self._here(t, self._params) for t, _ in own]
-                move(params, [d for _, d in own], intake.group)
+        moved = defaultdict[int, list[tuple[Tensor, Tensor]]](list)
+        for t, d in found:
+            unit = division.units[t.unit]
+            verdict = self._verdicts[unit.group]
+            if verdict.has[unit.slot] and not verdict.bad:
+                moved[unit.group].append((self._here(t, self._params), d))
+        for index, pairs in moved.items():
+            params, directions = map(list, zip(*pairs, strict=True))
+            move(params, directions, self._intakes[index].group)
         self.sent += sum(shards.sent for shards in self._shards.values()) - self._sent_before
         self._ready, self._intakes = {}, []
         return super().close(failed)
