@@ -199,7 +199,7 @@ class Stateful(Optimizer):
             for index, group in enumerate(self.param_groups):
                 if any(p in self.state for p in group["params"]):
                     self._layout(index, group)
-        except Exception as e:
+        except Exception as e:  # whatever it is: the others must not wait for this rank
             error = e
         if not self._exchange.every(error is None):
             raise error or ValueError("another rank lacks state that it needs; see its own message")
