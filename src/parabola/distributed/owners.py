@@ -63,13 +63,14 @@ class Owners(Local):
         self._held, known = survey(groups, self._rosters, state, ranks)
         self._shards: dict[tuple[int, ...], Shards] = {}
         size = dist.get_world_size(ranks)
-        if any(method.fed(group) and coupled(group) for group in groups):
+        self.division = divide(method, groups, self._rosters, self._held, size, known)
+        fed = zip(self.division.units, self.division.fed, strict=True)
+        if any(needed and coupled(groups[unit.group]) for unit, needed in fed):
             # The owner of a block would take the decayed gradient for a missing curvature vector.
             raise ValueError(
                 "Invalid decoupled value: False with weight_decay and curvature from outside, with "
                 "several processes; allowed for decoupled there: True"
             )
-        self.division = divide(method, groups, self._rosters, self._held, size, known)
         self._inward = _sorted(self.division.inward, self._rank)
         self._outward = _sorted(self.division.outward, self._rank)
         self._stand_ins = list(map(self._stand_in, range(len(self.division.units))))
