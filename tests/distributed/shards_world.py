@@ -249,7 +249,7 @@ class Sharded:
 def compare(case: Case, place: Place, rank: int, world: int, group: Any) -> None:
     """Raise unless some steps of the shards are those of the whole parameters."""
     params = [torch.nn.Parameter(x) for x in noise(0, case.dtype)]
-    whole = case.cls(params, **case.options)
+    whole = case.cls(params, distributed=None, **case.options)
     parts = Sharded(case, whole, place, rank, world, group)
     boxes = [own[rank] for own in parts.boxes]
     for t in range(1, STEPS + 1):
