@@ -37,8 +37,14 @@ _lower: Callable[..., Callable[[Function], Function]] = lower_builtin
 
 
 def part(function: Function) -> Function:
-    """Compile for the use in compiled functions."""
-    compiled = _njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **SETTINGS)(function)
+    """Compile for the use in compiled functions: as a piece of them.
+
+    As a function of its own it would exist twice, optimized in different ways, in the machine code
+    that was just compiled and in the code kept on disk, and results would differ in the last bits.
+    """
+    compiled = _njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, forceinline=True, **SETTINGS)(
+        function
+    )
     return cast(Function, compiled)
 
 
