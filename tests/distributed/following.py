@@ -120,7 +120,7 @@ class Spec:
         """
         whole = self.wrapper == "ddp"
         if self.method.startswith(LOCAL):
-            exact = whole and not self.method.startswith("ginger")
+            exact = whole
         elif p.dim() > 1:
             exact = all(n % 16 == 0 for n in p.shape[:2])
         else:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from following import ROWS, Spec, full_batch, same
 
+from methods import assert_same
 from parabola import checkpoint
 
 PLAIN = ("plain", 0)
@@ -80,14 +81,7 @@ def hop(spec, wrapper, source, target, start, stop):
     return loaded, seen(spread.bare, optimizer)
 
 
-def alike(left, right, method):
-    """Bitwise; of Ginger up to rounding: its Gram matrices come from BLAS, to which it matters
-    where in memory a tensor lies, so that even replicas part in the last bits."""
-    tolerance = TOLERANCE if method.startswith("ginger") else 0
-    torch.testing.assert_close(left, right, rtol=tolerance, atol=tolerance, equal_nan=True)
-
-
-def whole(ranks, method):
+def whole(ranks):
     """The state of all ranks put together; what several hold must be the same."""
     found = {}
     for rank in ranks:
@@ -96,7 +90,7 @@ def whole(ranks, method):
                 there, known = found.setdefault(name, {}).setdefault(
                     key, (torch.zeros(shape, dtype=x.dtype), torch.zeros(shape, dtype=torch.bool))
                 )
-                alike(there[box][known[box]], x[known[box]], method)
+                assert_same(there[box][known[box]], x[known[box]])
                 assert "/" not in key or not known.any(), f"{key} of {name} has two owners"
                 there[box] = x
                 known[box] = True
@@ -124,8 +118,8 @@ def travel(pool, spec, chain, folder):
             stop=2 * i + 2,
         )
         if before is not None:
-            alike(whole([loaded for loaded, _ in results], spec.method), before, spec.method)
-        source, before = target, whole([saved for _, saved in results], spec.method)
+            assert_same(whole([loaded for loaded, _ in results]), before)
+        source, before = target, whole([saved for _, saved in results])
     return [own["weight of the model"] for own in before.values()]
 
 
@@ -167,7 +161,7 @@ def test_every_layout_reads_what_every_other_one_wrote(pool, method, tmp_path):
             start=0,
             stop=6,
         )
-        written[wrapper, ranks] = target, whole([saved for _, saved in results], method)
+        written[wrapper, ranks] = target, whole([saved for _, saved in results])
     for one, (wrapper, ranks) in permutations(ALL, 2):
         source, expected = written[one]
         results = pool.run(
@@ -180,7 +174,7 @@ def test_every_layout_reads_what_every_other_one_wrote(pool, method, tmp_path):
             start=0,
             stop=0,
         )
-        alike(whole([loaded for loaded, _ in results], method), expected, method)
+        assert_same(whole([loaded for loaded, _ in results]), expected)
 
 
 @pytest.mark.parametrize(("number", "method"), list(enumerate(METHODS)), ids=METHODS)
@@ -204,7 +198,7 @@ def test_the_same_layout_continues_bitwise(pool, number, method, tmp_path):
     go(None, tmp_path, 0, stop)
     straight, resumed = go(None, None, 0, 9), go(tmp_path, None, stop, 9)
     for (_, a), (_, b) in zip(straight, resumed, strict=True):
-        alike(whole_rank(b), whole_rank(a), method)
+        assert_same(whole_rank(b), whole_rank(a))
 
 
 def whole_rank(rank):
