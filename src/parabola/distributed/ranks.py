@@ -47,8 +47,10 @@ def group_of(groups: Sequence[Mapping[str, Any]], ranks: Sequence[int]) -> "dist
     return cast(dist.ProcessGroup, found)
 
 
-def _meshes(groups: Sequence[Mapping[str, Any]]) -> set[Any]:
-    return {p.device_mesh for group in groups for p in group["params"] if is_sharded(p)}
+def _meshes(groups: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """Each once, in the order of the parameters: the same on every rank."""
+    found = (p.device_mesh for group in groups for p in group["params"] if is_sharded(p))
+    return list(dict.fromkeys(found))
 
 
 def _ranks(mesh: Any) -> tuple[int, ...]:
