@@ -103,6 +103,7 @@ def work(rank: int, world: int, store: str, name: str, chosen: str, rounds: int,
         same = zip(alone.params, together.params, strict=True)
         found["difference"] = max(float((p - q).detach().abs().max()) for p, q in same)
     Path(out, f"{rank}.json").write_text(json.dumps(found))
+    dist.barrier()
     dist.destroy_process_group()
 
 
