@@ -188,7 +188,9 @@ def combine(
             here.copy_(a)
             continue
         if plan.sound is not None:
-            torch.where(plan.sound[zone.members].repeat_interleave(zone.sizes), here, a, out=here)
+            sound = plan.sound[zone.members]
+            sound = sound.repeat_interleave(zone.sizes, output_size=len(here))
+            torch.where(sound, here, a, out=here)
         if grafted:
             squares[0, zone.members] += _squares(zone, a)
             squares[1, zone.members] += _squares(zone, here)

@@ -313,10 +313,10 @@ class SecondOrder(Stateful):
         finite = group["nonfinite"] == "ignore" or faults.all_finite(given)
         telling = informed = True
         if self.method.fed(group):
-            if not self._feed.vectors:
+            informed = self._layout(index, group).informed
+            if not informed and not self._feed.vectors:
                 # A gradient of zeros, as checkpoints make to initialize a state, tells nothing.
                 telling = any(bool(g.any()) for g in given)
-            informed = self._layout(index, group).informed
         return Intake(group, params, grads, finite, telling, informed)
 
     def _work(self, verdicts: Sequence[Verdict]) -> Iterator[tuple[int, Layout]]:
