@@ -159,8 +159,8 @@ def team(size: int) -> Iterator[Alone]:
         return
     dist.init_process_group("gloo", timeout=PATIENCE)
     yield Team()
-    # Only after a good end: with a peer that has failed this would wait. After a barrier no thread of
-    # gloo lets go of a tensor while Python exits, which would abort the process.
+    # Only after a good end: with a peer that has failed this would wait. After a barrier no thread
+    # of gloo lets go of a tensor while Python exits, which would abort the process.
     dist.barrier()
     dist.destroy_process_group()
 
