@@ -415,3 +415,16 @@ def test_large_parameters_in_single_precision(monkeypatch, blocks, limit):
             optimizer.step()
         finals.append(torch.cat([p.detach().double().ravel() for p in params]))
     assert (finals[1] - finals[0]).norm() < 1e-5 * finals[0].norm()
+
+
+def test_equal_parameters_are_worked_on_together():
+    shapes = [(3, 4), (5,), (12,), (5,), (7,), (2, 6), (1, 5)]
+    params = [torch.nn.Parameter(torch.ones(shape)) for shape in shapes]
+    optimizer = Ginger(params, curvature="empirical", kernels="torch")
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    (layout,) = optimizer._layouts.values()
+    (bucket,) = layout.buckets
+    (zone,) = zones.zones(bucket)
+    assert [len(run.factor) for run in zone.runs] == [3, 1, 3]

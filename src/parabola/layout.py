@@ -95,7 +95,12 @@ class Layout:
         self._kinds = list(map(kind, self.params))
         self._pointers = self._addresses()
         self.steps = torch.zeros(len(self.params), dtype=torch.float32, device="cpu")
-        tiles = sharing.shares(index, found)
+        # Runs by the size of whole parameters: equal neighbours are worked on together.
+        sizes = [p.numel() for p in self.params]
+        tiles = sorted(
+            sharing.shares(index, found),
+            key=lambda share: 0 if share.tile.block.shape else sizes[share.slot],
+        )
         everything = blocks.sort(tiles, lambda block: factors(method, block, group))
         if group.get("refresh") in ("staggered", "async"):
             costs = [list(factors(method, b.block, group).values()) for b in everything]
