@@ -122,14 +122,14 @@ class Plan:
         """The table of the processes, or of the extremes where there are many; "" for one."""
         if len(self.ranks) < 2:
             return ""
-        head = ("rank", "parameters", "state", "step", "refresh", "a step", "sent", "messages")
+        amounts = ("parameters", "state", "step", "refresh", "refresh/step", "sent", "messages")
         body = [(str(rank.rank), *_amounts(_numbers(rank))) for rank in self.ranks]
         columns = list(zip(*map(_numbers, self.ranks), strict=True))
         mean = _amounts([sum(column) / len(column) for column in columns])
         if len(self.ranks) > MOST_ROWS:
             extremes = (("min", map(min, columns)), ("max", map(max, columns)))
             body = [(name, *_amounts(list(values))) for name, values in extremes]
-        return _table([head, *body], ("mean", *mean), left=(0,))
+        return _table([("rank", *amounts), *body], ("mean", *mean), left=(0,))
 
 
 def plan(
