@@ -131,6 +131,7 @@ def test_load_reads_what_was_saved_in_either_form(method, flatten, tmp_path):
     else:
         checkpoint.save(tmp_path, model, optimizer)
     checkpoint.load(tmp_path, other, fresh)
+    assert not any(fresh.stats.values())
     assert fresh.param_groups[0]["lr"] == 0.02
     assert_same(parameters(other), parameters(model))
     assert_same(state_of(fresh), state_of(optimizer))
@@ -327,8 +328,10 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
     model = Net()
     optimizer = parabola.Shampoo(model.parameters())
     train(optimizer, parameters(model), 2)
+    fresh = parabola.Shampoo(model.parameters())
     with pytest.raises(FileNotFoundError, match=r"no complete checkpoint in .*nowhere"):
-        checkpoint.load(tmp_path / "nowhere", model, optimizer)
+        checkpoint.load(tmp_path / "nowhere", model, fresh)
+    assert not fresh.state  # a run may begin with it
     checkpoint.save(tmp_path, model, optimizer)
     with pytest.raises(ValueError, match=r"Invalid opt: AdamW; allowed"):
         checkpoint.load(tmp_path, model, torch.optim.AdamW(model.parameters()))

@@ -202,15 +202,18 @@ def _misfits(weights: Mapping[str, Any], found: Found) -> list[str]:
 def _offered(model: nn.Module, opt: SecondOrder) -> Any:
     """The optimizer's state dict with all its keys, even if it has not taken a step.
 
-    torch makes them by a step on gradients of zeros, but not where gradients are there already.
+    torch makes them by a step on gradients of zeros, but not where gradients are there already. It
+    is no step of the run, and is not counted.
     """
     params = [p for group in opt.param_groups for p in group["params"]]
     grads = [p.grad for p in params]
+    counted = dict(opt.stats)
     for p in params:
         p.grad = None
     try:
         return get_optimizer_state_dict(model, opt)
     finally:
+        opt.stats.update(counted)
         for p, grad in zip(params, grads, strict=True):
             p.grad = grad
 
