@@ -158,13 +158,18 @@ def plan(
         A row for every parameter, and one for every process. Bytes are exact.
 
     Raises:
-        ValueError: a keyword has a wrong value.
+        ValueError: a keyword has a wrong value, or ``optimizer`` is no class of this library.
 
     Example:
         >>> with torch.device("meta"):
         ...     model = torch.nn.Linear(1024, 4096)
         >>> print(plan(model.named_parameters(), parabola.Shampoo, block_size=512, mesh=(2, 4)))
     """
+    if not hasattr(optimizer, "method"):
+        raise ValueError(
+            f"Invalid optimizer value: {optimizer!r}; allowed: a class of this library, such as "
+            "parabola.Shampoo"
+        )
     replicas, shards = _mesh(world_size, mesh)
     if not isinstance(vectors, int) or vectors < 0:
         raise ValueError(f"Invalid vectors value: {vectors!r}; allowed: an integer >= 0")
