@@ -131,6 +131,7 @@ def test_load_reads_what_was_saved_in_either_form(method, flatten, tmp_path):
     else:
         checkpoint.save(tmp_path, model, optimizer)
     checkpoint.load(tmp_path, other, fresh)
+    assert not any(fresh.stats.values())
     assert fresh.param_groups[0]["lr"] == 0.02
     assert_same(parameters(other), parameters(model))
     assert_same(state_of(fresh), state_of(optimizer))
@@ -321,3 +322,26 @@ def test_a_directory_that_lacks_something_is_refused(tmp_path):
     checkpoint.save(tmp_path / "adam", model, adam)
     with pytest.raises(ValueError, match=r"lacks state of the optimizer: b0/exp_avg of conv"):
         checkpoint.load(tmp_path / "adam", model, whole)
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path):
+    model = Net()
+    optimizer = parabola.Shampoo(model.parameters())
+    train(optimizer, parameters(model), 2)
+    fresh = parabola.Shampoo(model.parameters())
+    with pytest.raises(FileNotFoundError, match=r"no complete checkpoint in .*nowhere"):
+        checkpoint.load(tmp_path / "nowhere", model, fresh)
+    assert not fresh.state  # a run may begin with it
+    checkpoint.save(tmp_path, model, optimizer)
+    with pytest.raises(ValueError, match=r"Invalid opt: AdamW; allowed"):
+        checkpoint.load(tmp_path, model, torch.optim.AdamW(model.parameters()))
+    wider = Net()
+    wider.scale = torch.nn.Parameter(torch.zeros(9, 9))
+    fresh = parabola.Shampoo(wider.parameters())
+    with pytest.raises(ValueError, match=r"weights of other shapes: scale .*, not \(9, 9\)"):
+        checkpoint.load(tmp_path, wider, fresh)
+    before = state_of(optimizer)
+    (tmp_path / ".metadata").write_bytes(b"half a wri")
+    with pytest.raises(ValueError, match=r"damaged: \.metadata cannot be read"):
+        checkpoint.load(tmp_path, model, optimizer)
+    assert_same(state_of(optimizer), before)

@@ -185,8 +185,8 @@ def test_jobs_leave_the_casts_of_a_trainer_alone(monkeypatch):
     [
         *(("workers", value) for value in (0, -1, 1.5, True, "all")),
         *(("threads", value) for value in (0, None, 2.0)),
-        *(("timeout", value) for value in (0, -1.0)),
-        *(("affinity", value) for value in ([], [10**6])),
+        *(("timeout", value) for value in (0, -1.0, "1h")),
+        *(("affinity", value) for value in ([], [10**6], 0)),
     ],
 )
 def test_bad_settings_are_refused_by_name(name, value):

@@ -157,6 +157,12 @@ def test_a_wrong_keyword_is_refused_by_the_plan(method):
         parabola.plan(make_params(SHAPES), method.cls, weight_decay=-1.0)
 
 
+@pytest.mark.parametrize("optimizer", ["shampoo", torch.optim.AdamW])
+def test_what_is_no_optimizer_of_the_library_is_refused(optimizer):
+    with pytest.raises(ValueError, match=r"Invalid optimizer value: .*parabola\.Shampoo"):
+        parabola.plan(make_params(SHAPES), optimizer)
+
+
 def test_planning_leaves_the_callers_groups_alone():
     params = make_params(((6, 4), (3,)))
     groups = [{"params": params}]

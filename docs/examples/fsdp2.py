@@ -26,5 +26,5 @@ for step in range(1, 101):
         print(f"step {step}: loss {loss.item():.2f}")
 
 parabola.checkpoint.save("checkpoint", model, optimizer)  # for any number of ranks
-dist.barrier()  # gloo may abort the exit of a process whose last message is under way
+dist.barrier()  # gloo's threads drop their last tensors before the interpreter ends
 dist.destroy_process_group()

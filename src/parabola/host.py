@@ -320,11 +320,12 @@ def configure(
         if not (whole or (name == "workers" and value is None)):
             allowed = "an integer >= 1" + (" or None" if name == "workers" else "")
             raise ValueError(f"Invalid {name} value: {value!r}; allowed for {name}: {allowed}")
-    if timeout is not None and not timeout > 0:
+    if timeout is not None and not (isinstance(timeout, (int, float)) and timeout > 0):
         raise ValueError(
             f"Invalid timeout value: {timeout!r}; allowed for timeout: seconds > 0, or None"
         )
-    if affinity is not None and not (affinity and set(affinity) <= _allowed_cores()):
+    some = isinstance(affinity, Collection) and len(affinity) > 0
+    if affinity is not None and not (some and set(affinity) <= _allowed_cores()):
         raise ValueError(
             f"Invalid affinity value: {affinity!r}; allowed for affinity: None, or some of the "
             f"cores {sorted(_allowed_cores())}"

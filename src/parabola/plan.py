@@ -122,14 +122,14 @@ class Plan:
         """The table of the processes, or of the extremes where there are many; "" for one."""
         if len(self.ranks) < 2:
             return ""
-        head = ("rank", "parameters", "state", "step", "refresh", "a step", "sent", "messages")
+        amounts = ("parameters", "state", "step", "refresh", "refresh/step", "sent", "messages")
         body = [(str(rank.rank), *_amounts(_numbers(rank))) for rank in self.ranks]
         columns = list(zip(*map(_numbers, self.ranks), strict=True))
         mean = _amounts([sum(column) / len(column) for column in columns])
         if len(self.ranks) > MOST_ROWS:
             extremes = (("min", map(min, columns)), ("max", map(max, columns)))
             body = [(name, *_amounts(list(values))) for name, values in extremes]
-        return _table([head, *body], ("mean", *mean), left=(0,))
+        return _table([("rank", *amounts), *body], ("mean", *mean), left=(0,))
 
 
 def plan(
@@ -158,13 +158,18 @@ def plan(
         A row for every parameter, and one for every process. Bytes are exact.
 
     Raises:
-        ValueError: a keyword has a wrong value.
+        ValueError: a keyword has a wrong value, or ``optimizer`` is no class of this library.
 
     Example:
         >>> with torch.device("meta"):
         ...     model = torch.nn.Linear(1024, 4096)
         >>> print(plan(model.named_parameters(), parabola.Shampoo, block_size=512, mesh=(2, 4)))
     """
+    if not hasattr(optimizer, "method"):
+        raise ValueError(
+            f"Invalid optimizer value: {optimizer!r}; allowed: a class of this library, such as "
+            "parabola.Shampoo"
+        )
     replicas, shards = _mesh(world_size, mesh)
     if not isinstance(vectors, int) or vectors < 0:
         raise ValueError(f"Invalid vectors value: {vectors!r}; allowed: an integer >= 0")

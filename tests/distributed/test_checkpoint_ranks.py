@@ -251,3 +251,24 @@ def test_a_consolidated_state_is_recut(pool, tmp_path):
         assert own.keys() == together[name].keys()
         for key, x in own.items():
             same(together[name][key].double(), x.double(), TOLERANCE, f"{key} of {name}")
+
+
+def elsewhere(folder):
+    """A case: one rank looks where there is nothing, then where the file is not whole."""
+    spread, optimizer = started("shampoo-adam", "ddp", 1)
+    checkpoint.save(folder / "run", spread.model, optimizer)
+    found = []
+    for other in ("nowhere", "half"):
+        (folder / "half").mkdir(exist_ok=True)
+        (folder / "half" / ".metadata").write_bytes(b"half a wri")
+        path = folder / (other if dist.get_rank() == 1 else "run")
+        try:
+            checkpoint.load(path, spread.model, optimizer)
+        except (FileNotFoundError, ValueError) as error:
+            found.append(type(error))
+    return found
+
+
+def test_what_one_rank_cannot_read_no_rank_reads(pool, tmp_path):
+    found = pool.run(elsewhere, world_size=2, folder=tmp_path)
+    assert found == [[FileNotFoundError, ValueError]] * 2

@@ -51,6 +51,8 @@ def test_a_summary_has_no_lines_of_parameters(model):
     ("words", "text"),
     [
         ([], "give one model"),
+        (["transformer-7b"], "did you mean 'transformer-"),
+        (["model.py"], "path/to/file.py:factory"),
         (["digits", "--model", "digits"], "give one model"),
         (["digits", "--mesh", "2,4"], "REPLICASxSHARDS"),
         (["digits", "--mesh", "0x4"], "mesh"),

@@ -7,6 +7,7 @@ import pytest
 import torch
 from fake_results import fake_results, fake_run
 
+from parabola.lab import commands
 from parabola.lab.commands import app
 from parabola.lab.errors import UsageError
 from parabola.lab.report.page import command, page_content, write_report
@@ -43,6 +44,16 @@ def test_results_that_are_there_are_refused_before_processes_start(cli, tmp_path
     result = cli.invoke(app, ["compare", "digits", "--nproc", "2", "--out", str(tmp_path)])
     assert result.exit_code == 2
     assert "--overwrite" in result.output
+
+
+def test_the_last_word_after_an_interruption_tells_how_to_go_on(cli, tmp_path, monkeypatch):
+    def launch(size, words):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands, "launch", launch)
+    result = cli.invoke(app, ["compare", "digits", "--nproc", "2", "--out", str(tmp_path)])
+    assert result.exit_code == 130
+    assert result.output.rstrip().endswith("Go on with --resume.")
 
 
 def test_medians_of_each_process():

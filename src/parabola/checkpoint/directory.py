@@ -42,7 +42,8 @@ def save(
     dicts under ``"model"`` and ``"optimizer"``. A collective where a process group exists.
 
     Args:
-        path: The directory.
+        path: The directory, a new one for each checkpoint: while an old one is written over, there
+            is neither the old checkpoint nor the new one.
         model: The model: plain, DDP, FSDP2, ...
         opt: Its optimizer.
         slim: Leave the roots out; see `parabola.checkpoint.slim`.
@@ -71,13 +72,20 @@ def load(path: str | os.PathLike[str], model: nn.Module, opt: SecondOrder) -> No
         opt: Its optimizer; its state is overwritten.
 
     Raises:
-        ValueError: what is needed is not in the checkpoint; on all ranks.
+        FileNotFoundError: there is no complete checkpoint; on all ranks, as everything here.
+        ValueError: what is needed is not in the checkpoint, has another shape, or cannot be read;
+            or ``opt`` is none of this library's optimizers.
     """
+    if not isinstance(opt, SecondOrder):
+        raise ValueError(
+            f"Invalid opt: {type(opt).__name__}; allowed: an optimizer of this library"
+        )
+    found = _contents(path)
     current = _offered(model, opt)
     weights = get_model_state_dict(model)
-    found = FileSystemReader(path).read_metadata().state_dict_metadata
     missing = [key for key in weights if f"model.{key}" not in found]
     _agree(f"the checkpoint {path} lacks weights of the model", missing)
+    _agree(f"the checkpoint {path} has weights of other shapes", _misfits(weights, found))
     saved = _saved_groups(path, found)
     stored: dict[str, dict[str, Any]] = defaultdict(dict)
     for key, item in found.items():
@@ -160,18 +168,52 @@ class _Reading:
                 own |= job.run(blocks, parts)
 
 
+def _contents(path: str | os.PathLike[str]) -> Found:
+    """What the directory holds. What one rank cannot read, no rank does."""
+    found: Found = {}
+    problem = absent = ""
+    try:
+        found = FileSystemReader(path).read_metadata().state_dict_metadata
+    except OSError as error:
+        absent = f"{type(error).__name__}: {error}"
+    except Exception as error:  # whatever pickle makes of a file that is not whole
+        problem = f"{type(error).__name__}: {error}"
+    _agree(
+        f"no complete checkpoint in {path}: .metadata, which is written last, cannot be opened",
+        [absent] if absent else [],
+        FileNotFoundError,
+    )
+    _agree(
+        f"the checkpoint {path} is damaged: .metadata cannot be read", [problem] if problem else []
+    )
+    return found
+
+
+def _misfits(weights: Mapping[str, Any], found: Found) -> list[str]:
+    """Weights that have another shape in the directory, in words."""
+    both = [(key, x, found[f"model.{key}"]) for key, x in weights.items() if torch.is_tensor(x)]
+    return [
+        f"{key} {tuple(item.size)}, not {tuple(x.shape)}"
+        for key, x, item in both
+        if isinstance(item, TensorStorageMetadata) and item.size != x.shape
+    ]
+
+
 def _offered(model: nn.Module, opt: SecondOrder) -> Any:
     """The optimizer's state dict with all its keys, even if it has not taken a step.
 
-    torch makes them by a step on gradients of zeros, but not where gradients are there already.
+    torch makes them by a step on gradients of zeros, but not where gradients are there already. It
+    is no step of the run, and is not counted.
     """
     params = [p for group in opt.param_groups for p in group["params"]]
     grads = [p.grad for p in params]
+    counted = dict(opt.stats)
     for p in params:
         p.grad = None
     try:
         return get_optimizer_state_dict(model, opt)
     finally:
+        opt.stats.update(counted)
         for p, grad in zip(params, grads, strict=True):
             p.grad = grad
 
@@ -203,7 +245,7 @@ def _room(key: str, there: Found, mine: Mapping[str, Any], p: Tensor) -> Tensor:
     return torch.empty(size, dtype=dtype, device=device)
 
 
-def _agree(text: str, missing: list[str]) -> None:
+def _agree(text: str, missing: list[str], error: type[Exception] = ValueError) -> None:
     """Raise on all ranks if something is missing on any of them."""
     everywhere = [missing]
     if _together():
@@ -212,7 +254,7 @@ def _agree(text: str, missing: list[str]) -> None:
     union = sorted({item for items in everywhere for item in items})
     if union:
         more = f" and {len(union) - 3} more" if len(union) > 3 else ""
-        raise ValueError(f"{text}: {', '.join(union[:3])}{more}")
+        raise error(f"{text}: {', '.join(union[:3])}{more}")
 
 
 def _together() -> bool:

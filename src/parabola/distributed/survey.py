@@ -118,7 +118,10 @@ def _compare(first: Sequence[Any], other: Sequence[Any], rank: int) -> None:
 def _compare_rows(here: _Fact, there: _Fact, rank: int) -> None:
     if here[:3] != there[:3]:
         own, other = (f"{x.name} of shape {x.shape} and {x.dtype}" for x in (here, there))
-        raise ValueError(f"parameter {own} on rank 0 is {other} on rank {rank}")
+        raise ValueError(
+            f"parameter {own} on rank 0 is {other} on rank {rank}; allowed: the same parameters on "
+            "all ranks, whole or as DTensors (fully_shard; not FullyShardedDataParallel)"
+        )
     if here.mark != there.mark:
         raise ValueError(
             f"parameter {here.name} differs in value between rank 0 and rank {rank}: ranks that "

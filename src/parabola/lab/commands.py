@@ -179,12 +179,22 @@ def compare_command(
         }
         words = [str(x) for pair in given.items() if pair[1] is not None for x in pair]
         words += ["--device", place.type, *["--resume"] * resume, *["--tensorboard"] * tensorboard]
-        if launch(nproc, ["compare", workload, *words]):
+        try:
+            failed = launch(nproc, ["compare", workload, *words])
+        except KeyboardInterrupt:
+            _say_interrupted(path)  # once more: PyTorch's launcher has printed its stack since
+            raise typer.Exit(130) from None
+        if failed:
             typer.secho(f"A process has failed; finished runs are in {path}.", fg="red", err=True)
             raise typer.Exit(1)
         results = read(path)
     if not started and any(run["status"] == "failed" for run in results["runs"]):
         raise typer.Exit(1)
+
+
+def _say_interrupted(path: Path) -> None:
+    text = f"\nInterrupted; finished runs are in {path}. Go on with --resume."
+    typer.secho(text, fg="yellow", err=True)
 
 
 def _compare(
@@ -203,11 +213,7 @@ def _compare(
         with watcher(console, task.metric, runs, _optimizer_and_seed) as view:
             results = compare(comparison, path, [view, *observers], resume=resume, team=processes)
     except KeyboardInterrupt:
-        typer.secho(
-            f"\nInterrupted; finished runs are in {path}. Go on with --resume.",
-            fg="yellow",
-            err=True,
-        )
+        _say_interrupted(path)
         if path.exists():
             write_report(dict(read(path)), report)
         raise typer.Exit(130) from None

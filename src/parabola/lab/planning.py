@@ -10,9 +10,9 @@ import typer
 from torch import nn
 
 import parabola
-from parabola.lab.errors import UsageError
+from parabola.lab.errors import UsageError, unknown
 from parabola.lab.optimizers import OPTIMIZERS, check_options, entry, key_value
-from parabola.lab.registry import find_model
+from parabola.lab.registry import find_model, names
 from parabola.lab.shapes import SHAPES
 from parabola.optimizer import SecondOrder
 from parabola.plan import Plan
@@ -146,6 +146,8 @@ def find_shadow(spec: str) -> nn.Module:
         with torch.device("meta"):
             return SHAPES[spec]()
     if ":" not in spec:
+        if spec not in names():
+            raise unknown("workload or shape", spec, [*names(), *SHAPES, "path/to/file.py:factory"])
         return find_model(spec)
     try:
         with torch.device("meta"):
