@@ -228,7 +228,7 @@ def _combinations(plan: _Plan, run: Run, rest: Tensor, space: Tensor) -> Tensor:
     rows = plan.rows[run.members]
     count, made, rank = len(rows), rows.shape[1], run.factor.shape[1]
     out = space.view(-1)[: made * (run.end - run.start)].view(count, made, -1)
-    torch.bmm(rows[..., :rank], run.factor, out=out)
+    out.baddbmm_(rows[..., :rank], run.factor, beta=0.0)  # bmm would fill it with zeros first
     out.baddbmm_(rows[..., rank:], rest)
     if plan.limit is not None:
         limit = plan.limit[run.members].unsqueeze(1)
