@@ -105,11 +105,13 @@ class Accelerator(TorchDispatchMode):
 
     Attributes:
         waits: How often the host had to wait, by operation.
+        launches: Operations that were not views.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.waits: Counter[str] = Counter()
+        self.launches = 0
         self._constructors = _Constructors()
 
     def __enter__(self) -> "Accelerator":
@@ -122,6 +124,8 @@ class Accelerator(TorchDispatchMode):
         self._constructors.__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        operands = tree_leaves((args, kwargs))
+        self.launches += not func.is_view and any(isinstance(x, Pretended) for x in operands)
         return _run(func, args, kwargs or {}, self.waits)
 
 

@@ -4,6 +4,7 @@
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.utils._python_dispatch import _disable_current_modes
 
-from methods import METHODS, every_engine_method, make_grads, make_params
+from methods import METHODS, every_engine_method, make_grads, make_params, over
 
 STEPS = 8
 SHAPES = ((5,), (7, 3), (4, 9), (4, 3, 2), (3, 2, 2, 3))
@@ -32,20 +33,27 @@ def ranks():
         ]
 
 
-def trained(name, place, waits=None):
-    """Parameters after some steps, and what each step waited for.
+class Step(NamedTuple):
+    """What a step took: what it waited for, how many operations that are no views, how many
+    curvature vectors it was given, and whether it refreshed something."""
+
+    waits: dict[str, int]
+    launches: int
+    vectors: int
+    refreshed: bool
+
+
+def trained(name, place, accelerator=None, shapes=SHAPES):
+    """Parameters after some steps, and what each `Step` took.
 
     Args:
         name: Of the method.
         place: Puts a tensor where parameters and gradients are to lie.
-        waits: A counter of waits, if there is one.
-
-    Returns:
-        The parameters, and for every step: what it waited for, how many curvature vectors it was
-        given, and whether it refreshed something.
+        accelerator: Where its steps are counted.
+        shapes: Of the parameters.
     """
     method = BY_NAME[name]
-    whole = make_params(SHAPES)
+    whole = make_params(shapes)
     params = [torch.nn.Parameter(place(p.detach())) for p in whole]
     optimizer = method(params, **({"kernels": "torch"} if method.takes("kernels") else {}))
 
@@ -53,28 +61,31 @@ def trained(name, place, waits=None):
         for p, g in zip(params, make_grads(whole, step), strict=True):
             p.grad = place(g)
 
-    log = []
-    for step in range(STEPS):
-        vectors = optimizer.stats["curvature_vectors"]
+    steps = []
+    for number in range(STEPS):
+        before = dict(optimizer.stats)
         if optimizer.method.fed(optimizer.param_groups[0]) and optimizer.wants_curvature:
             with optimizer.curvature():
-                give(100 + step)
-        give(step)
-        vectors = optimizer.stats["curvature_vectors"] - vectors
-        before = optimizer.stats["refreshes"]
-        if waits is not None:
-            waits.clear()
+                give(100 + number)
+        give(number)
+        if accelerator is not None:
+            accelerator.waits.clear()
+            accelerator.launches = 0
         optimizer.step()
-        log.append((dict(waits or {}), vectors, optimizer.stats["refreshes"] > before))
-    return [p.detach() for p in params], log
+        made = {key: value - before[key] for key, value in optimizer.stats.items()}
+        waits, launches = {}, 0
+        if accelerator is not None:
+            waits, launches = dict(accelerator.waits), accelerator.launches
+        steps.append(Step(waits, launches, made["curvature_vectors"], made["refreshes"] > 0))
+    return [p.detach() for p in params], steps
 
 
-def on_the_device(name):
+def on_the_device(name, shapes=SHAPES):
     from accelerator import DEVICE, Accelerator
 
     with Accelerator() as accelerator:
-        params, log = trained(name, lambda x: x.to(DEVICE), accelerator.waits)
-    return [p.host for p in params], log
+        params, steps = trained(name, lambda x: x.to(DEVICE), accelerator, shapes)
+    return [p.host for p in params], steps
 
 
 def of_two_ranks(name, sharded, rank, path):
@@ -93,10 +104,10 @@ def of_two_ranks(name, sharded, rank, path):
 
     try:
         with Accelerator() as accelerator:
-            params, log = trained(name, place, accelerator.waits)
+            params, steps = trained(name, place, accelerator)
         with _disable_current_modes():
             dist.barrier()
-        return [(p.to_local() if sharded else p).host for p in params], log
+        return [(p.to_local() if sharded else p).host for p in params], steps
     finally:
         dist.destroy_process_group()
 
@@ -105,15 +116,15 @@ def on_the_host(name):
     return trained(name, lambda x: x)[0]
 
 
-def quiet(method, log):
+def quiet(method, steps):
     """Waits of the steps that refresh nothing, beyond one for each curvature vector."""
     found = []
-    for waits, vectors, refreshed in log[2:]:
+    for step in steps[2:]:
         if method.options.get("refresh") == "async":
-            waits.pop("copy to the host", None)  # from a GPU into pinned memory
-        elif refreshed:
+            step.waits.pop("copy to the host", None)  # from a GPU into pinned memory
+        elif step.refreshed:
             continue
-        found.append(sum(waits.values()) - vectors)
+        found.append(sum(step.waits.values()) - step.vectors)
     assert found or method.options.get("refresh") == "staggered"
     return found
 
@@ -121,9 +132,26 @@ def quiet(method, log):
 @every_engine_method
 def test_a_step_on_an_accelerator(ranks, method):
     """One wait: for what says whether all gradients are finite."""
-    found, log = ranks[0](on_the_device, method.id).result()
+    found, steps = ranks[0](on_the_device, method.id).result()
     torch.testing.assert_close(found, on_the_host(method.id), rtol=1e-6, atol=1e-6)
-    assert max(quiet(method, log), default=0) <= 1, log
+    assert max(quiet(method, steps), default=0) <= 1, steps
+
+
+@over(
+    [
+        method
+        for method in METHODS
+        if method.engine
+        and method.options.get("refresh") != "staggered"  # more layers spread over more steps
+        and method.options.get("basis") != "full"  # of which a block has four elements here
+    ]
+)
+def test_more_layers_take_no_more_launches(ranks, method):
+    """Equal parameters are stacked. (What has several blocks is put together one by one.)"""
+    layer = ((4, 4), (4,), (3, 4))
+    runs = [ranks[i](on_the_device, method.id, layer * depth) for i, depth in enumerate((2, 6))]
+    few, many = ([step.launches for step in run.result()[1]] for run in runs)
+    assert min(many) == min(few), (few, many)
 
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["replicas", "shards"])
@@ -132,7 +160,7 @@ def test_ranks_send_what_lies_on_the_accelerator(ranks, method, sharded, tmp_pat
     """As NCCL wants it. Two more waits: for what the others tell, before and after."""
     path = str(tmp_path / "store")
     jobs = [run(of_two_ranks, method.id, sharded, i, path) for i, run in enumerate(ranks)]
-    (first, log), (second, _) = (job.result() for job in jobs)
+    (first, steps), (second, _) = (job.result() for job in jobs)
     expected = on_the_host(method.id)
     if sharded:
         found = [torch.cat(parts) for parts in zip(first, second, strict=True)]
@@ -140,4 +168,4 @@ def test_ranks_send_what_lies_on_the_accelerator(ranks, method, sharded, tmp_pat
     else:
         torch.testing.assert_close(first, expected, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(second, first, rtol=0, atol=0)
-    assert max(quiet(method, log), default=0) <= 3, log
+    assert max(quiet(method, steps), default=0) <= 3, steps
