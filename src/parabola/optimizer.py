@@ -308,8 +308,9 @@ class SecondOrder(Stateful):
         given = [g for g in grads if g is not None]
         if not given:
             return Intake(group, params, grads, telling=False)
-        names = dict(zip(group["params"], names_of(group), strict=True))
-        faults.refuse(grads, [names[p] for p in params])
+        if any(g.layout is not torch.strided for g in given):
+            names = zip(group["params"], names_of(group), strict=True)
+            faults.refuse(grads, [name for p, name in names if wanted(p)])
         finite = group["nonfinite"] == "ignore" or faults.all_finite(given)
         telling = informed = True
         if self.method.fed(group):
