@@ -128,15 +128,15 @@ def rescale(bucket: Bucket, d: Tensor, a: Tensor) -> Tensor:
 
 def norms(x: Tensor) -> Tensor:
     """Norms of rows, scaled by the largest entry so that 1e-25 and 1e18 survive float32."""
-    plain: Tensor = torch.linalg.vector_norm(x, dim=1)
-    if x.device.type == "cpu" and len(plain):  # to ask an accelerator would stall it
+    if x.device.type == "cpu" and len(x):  # to ask an accelerator would stall it
+        plain: Tensor = torch.linalg.vector_norm(x, dim=1)
         least, most = plain.aminmax()
         if PLAIN[0] < float(least) and float(most) < PLAIN[1]:
             return plain  # squares neither overflow nor vanish
-    largest = x.abs().amax(dim=1)
-    scale = torch.where(largest > 0, largest, 1.0)
-    norm: Tensor = torch.linalg.vector_norm(x / scale.unsqueeze(1), dim=1) * largest
-    return norm
+    scaled = x.abs()
+    scale = scaled.amax(dim=1, keepdim=True).clamp_(min=torch.finfo(x.dtype).tiny)
+    norm: Tensor = torch.linalg.vector_norm(torch.div(x, scale, out=scaled), dim=1)
+    return norm.mul_(scale.squeeze(1))
 
 
 def momentum(bucket: Bucket, d: Tensor, options: Options) -> Tensor:
