@@ -59,10 +59,10 @@ def correction(bucket: Bucket, beta: float) -> float | Tensor:
     return bucket.expand((1.0 - beta**t).to(bucket.dtype))
 
 
-def filtered(bucket: Bucket, g: Tensor, options: Options) -> Tensor:
+def filtered(bucket: Bucket, g: Tensor, options: Options, spare: Tensor | None = None) -> Tensor:
     """``m <- beta1 m + (1 - beta1) g``, bias-corrected; ``g`` itself where no filter is kept.
 
-    Not to be changed in place.
+    Not to be changed in place. ``spare`` is memory for it: fresh memory costs page faults.
     """
     exp_avg = bucket.state.get("exp_avg")
     if exp_avg is None:
@@ -71,7 +71,7 @@ def filtered(bucket: Bucket, g: Tensor, options: Options) -> Tensor:
     exp_avg.lerp_(g, 1.0 - beta1)
     if not options.get("bias_correction", True):
         return exp_avg
-    return exp_avg / correction(bucket, beta1)
+    return torch.div(exp_avg, correction(bucket, beta1), out=spare)
 
 
 def accumulate(bucket: Bucket, g: Tensor, options: Options) -> None:
