@@ -65,13 +65,16 @@ def all_finite(grads: Sequence[Tensor]) -> bool:
     devices = {g.device for g in grads}
     if len(devices) > 1:
         return all(all_finite([g for g in grads if g.device == d]) for d in devices)
-    small = [g for g in grads if g.numel() < SMALL]
-    sums = [g.sum() for g in grads if g.numel() >= SMALL]
-    if small:
-        sums.append(_flatten_dense_tensors(small).sum())  # type: ignore[no-untyped-call]
-    # A sum is finite only if all its terms are; the reverse fails only by overflow, so the exact
-    # test is needed only when the sum is not finite.
-    total = torch.stack([x.double() for x in sums]).sum()
+    if grads[0].device.type == "cpu":
+        small = [g for g in grads if g.numel() < SMALL]
+        found = [g.sum() for g in grads if g.numel() >= SMALL]
+        if small:
+            found.append(_flatten_dense_tensors(small).sum())  # type: ignore[no-untyped-call]
+    else:
+        found = list(torch._foreach_norm(list(grads)))  # a few launches for all of them
+    # A sum or a norm is finite only if all its terms are; the reverse fails only by overflow, so
+    # the exact test is needed only when it is not finite.
+    total = torch.stack(found).sum(dtype=torch.float64)
     return bool(torch.isfinite(total)) or all(bool(torch.isfinite(g).all()) for g in grads)
 
 

@@ -59,10 +59,10 @@ def correction(bucket: Bucket, beta: float) -> float | Tensor:
     return bucket.expand((1.0 - beta**t).to(bucket.dtype))
 
 
-def filtered(bucket: Bucket, g: Tensor, options: Options) -> Tensor:
+def filtered(bucket: Bucket, g: Tensor, options: Options, spare: Tensor | None = None) -> Tensor:
     """``m <- beta1 m + (1 - beta1) g``, bias-corrected; ``g`` itself where no filter is kept.
 
-    Not to be changed in place.
+    Not to be changed in place. ``spare`` is memory for it: fresh memory costs page faults.
     """
     exp_avg = bucket.state.get("exp_avg")
     if exp_avg is None:
@@ -71,7 +71,7 @@ def filtered(bucket: Bucket, g: Tensor, options: Options) -> Tensor:
     exp_avg.lerp_(g, 1.0 - beta1)
     if not options.get("bias_correction", True):
         return exp_avg
-    return exp_avg / correction(bucket, beta1)
+    return torch.div(exp_avg, correction(bucket, beta1), out=spare)
 
 
 def accumulate(bucket: Bucket, g: Tensor, options: Options) -> None:
@@ -128,15 +128,15 @@ def rescale(bucket: Bucket, d: Tensor, a: Tensor) -> Tensor:
 
 def norms(x: Tensor) -> Tensor:
     """Norms of rows, scaled by the largest entry so that 1e-25 and 1e18 survive float32."""
-    plain: Tensor = torch.linalg.vector_norm(x, dim=1)
-    if x.device.type == "cpu" and len(plain):  # to ask an accelerator would stall it
+    if x.device.type == "cpu" and len(x):  # to ask an accelerator would stall it
+        plain: Tensor = torch.linalg.vector_norm(x, dim=1)
         least, most = plain.aminmax()
         if PLAIN[0] < float(least) and float(most) < PLAIN[1]:
             return plain  # squares neither overflow nor vanish
-    largest = x.abs().amax(dim=1)
-    scale = torch.where(largest > 0, largest, 1.0)
-    norm: Tensor = torch.linalg.vector_norm(x / scale.unsqueeze(1), dim=1) * largest
-    return norm
+    scaled = x.abs()
+    scale = scaled.amax(dim=1, keepdim=True).clamp_(min=torch.finfo(x.dtype).tiny)
+    norm: Tensor = torch.linalg.vector_norm(torch.div(x, scale, out=scaled), dim=1)
+    return norm.mul_(scale.squeeze(1))
 
 
 def momentum(bucket: Bucket, d: Tensor, options: Options) -> Tensor:

@@ -144,14 +144,16 @@ class SecondOrder(Stateful):
                     self._measure(bucket, given or [g], options)
         early = method.filter_direction
         grafting.accumulate(bucket, g, options)
-        m = grafting.filtered(bucket, g, options)
-        correction = grafting.correction(bucket, grafting.second_decay(options))
-        a = d = grafting.direction(bucket.state, m, correction, options)
-        if early:
-            a = d = grafting.momentum(bucket, a, options)
+        m = grafting.filtered(bucket, g, options, spare=None if early else g)
         rows: bool | Tensor = block.treated
         if rows and method.grafts:
             rows = ready(bucket, options)
+        a = d = m
+        if rows is not True or options["graft"] is not None:  # somebody looks at it
+            correction = grafting.correction(bucket, grafting.second_decay(options))
+            a = d = grafting.direction(bucket.state, m, correction, options)
+            if early:
+                a = d = grafting.momentum(bucket, a, options)
         if rows is not False:
             d = method.apply(bucket.seen, g if early else m, block, options)
             if early:
@@ -308,8 +310,9 @@ class SecondOrder(Stateful):
         given = [g for g in grads if g is not None]
         if not given:
             return Intake(group, params, grads, telling=False)
-        names = dict(zip(group["params"], names_of(group), strict=True))
-        faults.refuse(grads, [names[p] for p in params])
+        if any(g.layout is not torch.strided for g in given):
+            names = zip(group["params"], names_of(group), strict=True)
+            faults.refuse(grads, [name for p, name in names if wanted(p)])
         finite = group["nonfinite"] == "ignore" or faults.all_finite(given)
         telling = informed = True
         if self.method.fed(group):

@@ -39,10 +39,8 @@ def read(intakes: Sequence[Intake], headers: Tensor) -> Iterator[Verdict]:
         start += FLAGS
         there = headers[:, start : start + len(x.grads)].bool()
         # Replicas stay equal: a whole parameter without a gradient somewhere is left alone.
-        has = [
-            bool(column.any() if is_sharded(p) else column.all())
-            for p, column in zip(x.params, there.T, strict=True)
-        ]
+        found = zip(x.params, there.all(0).tolist(), there.any(0).tolist(), strict=True)
+        has = [everywhere or (somewhere and is_sharded(p)) for p, everywhere, somewhere in found]
         start += len(x.grads)
         bad = flags[:, 0].nonzero().flatten().tolist()
         yield Verdict(has, bad, bool(flags[:, 1].any()), not bool(flags[:, 2].any()))

@@ -284,16 +284,16 @@ class Owners(Local):
 
     def _pieces(self, t: Transfer, vectors: int) -> list[Tensor]:
         """The gradient of a piece, with its coupled decay, and the curvature vectors."""
-        unit = self.division.units[t.unit]
-        options, p = self._intakes[unit.group].group, self._here(t, self._params)
-        found = []
+        unit, found = self.division.units[t.unit], []
+        options, box = self._intakes[unit.group].group, self._boxes[unit.group][unit.slot]
         for vector in range(self.division.count(t, vectors)):
             x = self._spreads[unit.group][vector].pieces[unit.slot]
             if x is None:
-                x = torch.zeros((), dtype=p.dtype, device=p.device).expand(t.box.size)
+                x = self._here(t, self._params).new_zeros(()).expand(t.box.size)
             else:
-                x = t.box.within(self._boxes[unit.group][unit.slot], x)
+                x = t.box.within(box, x)
             if vector == 0 and coupled(options):
+                p = self._here(t, self._params)
                 x = x.to(state_dtype(p), copy=True)
                 x = (x.neg_() if options["maximize"] else x).add_(p, alpha=options["weight_decay"])
             found.append(x)

@@ -293,8 +293,7 @@ class DiagonalMethod(Method):
     def apply(self, state: State, m: Tensor, block: Block, options: Options) -> Tensor:
         """Equation (5) within the basis; zero where no curvature has come in yet."""
         weight, d = state["weight"], _spectrum(state, block, options)
-        if options["bias_correction"] and options["betas"][1] < 1:
-            d.div_(weight)
+        d = d / weight if options["bias_correction"] and options["betas"][1] < 1 else d.clone()
         clip = inf if options["clip"] is None else options["clip"]
         if _adaptive(options):
             torch.div(m, d.sqrt_().add_(options["eps"]), out=d)
@@ -396,13 +395,13 @@ def _whitened(state: State, x: Tensor, axis: int, block: Block, options: Options
 
 
 def _spectrum(state: State, block: Block, options: Options) -> Tensor:
-    """D without its bias correction, a new tensor.
+    """D without its bias correction, not to be changed in place.
 
     A product of spectra takes the Rayleigh quotients of the factors as they are now: eigenvalues of
     the last refresh would be zero where later vectors are not.
     """
     if "diagonal" in state:
-        return state["diagonal"].clone()
+        return state["diagonal"]
     d, first = torch.ones_like(state["weight"]), state[name(block.axes[0])]
     for axis in block.axes:
         matrix, basis = state[name(axis)], state[f"{name(axis)}_basis"]
@@ -415,7 +414,7 @@ def _spectrum(state: State, block: Block, options: Options) -> Tensor:
     trace = first.diagonal(dim1=1, dim2=2).sum(1).view(-1, *[1] * len(block.shape))
     if options["factors"] == "kl":  # there both factors have the same mean eigenvalue
         trace = trace * first.shape[1] ** (len(block.axes) - 1)
-    return (d * trace).expand(-1, *block.shape).clone()
+    return (d * trace).expand(-1, *block.shape)
 
 
 def _mean(state: State, d: Tensor, block: Block, options: Options) -> Tensor:
