@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
 
 import parabola
 
@@ -158,6 +160,37 @@ def loads_nothing():
 
 def test_an_empty_state_may_be_loaded_before_replicas_are_equal(pool):
     assert all(pool.run(loads_nothing, world_size=2))
+
+
+def offloaded():
+    mesh = DeviceMesh("meta", torch.arange(2))  # stands for accelerators; parameters are not there
+    torch.manual_seed(0)
+    piece = torch.randn(8, 4)[4 * dist.get_rank() :][:4]
+
+    def placed(x):
+        spec = DTensor.from_local(x.to("meta"), mesh, [Shard(0)])._spec
+        return DTensor(x.clone(), spec, requires_grad=False)
+
+    p = nn.Parameter(placed(piece))
+    optimizer = parabola.SONew([("p", p)], lr=0.1)
+    for t in range(3):
+        p.grad = placed(torch.full((4, 4), t - 1.5))
+        optimizer.step()
+    state = optimizer.state[p]
+    return {key: x.to_local() for key, x in {**state, "p": p.detach()}.items() if key != "step"}
+
+
+def test_state_of_offloaded_parameters_lies_beside_them(pool):
+    first, second = pool.run(offloaded, world_size=2)
+    torch.manual_seed(0)
+    p = nn.Parameter(torch.randn(8, 4))
+    optimizer = parabola.SONew([("p", p)], lr=0.1)
+    for t in range(3):
+        p.grad = torch.full((8, 4), t - 1.5)
+        optimizer.step()
+    for key, x in {**optimizer.state[p], "p": p.detach()}.items():
+        if key != "step":
+            torch.testing.assert_close(torch.cat([first[key], second[key]]), x)
 
 
 def roots_fail():
