@@ -309,9 +309,11 @@ class Layout:
             whole = len(chosen) == len(bucket.members)
             work = bucket if whole else bucket.subset(chosen)
             work.t = _rows_clock([clock[slot] for slot in work.slots], work.splits)
-            yield work
-            if not whole:
-                bucket.restore(work, chosen)
+            try:
+                yield work
+            finally:  # after an error, too, what has happened has happened
+                if not whole:
+                    bucket.restore(work, chosen)
 
     def steps_of(self, bucket: Bucket) -> list[Tensor]:
         """The step count of each member: 0-d views of `steps`."""
