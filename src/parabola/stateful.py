@@ -119,7 +119,7 @@ class Stateful(Optimizer):
                 # Other parameters, such as a frozen one less, are divided anew by the next step, by
                 # all processes together: until then everything lies where it lay.
                 current = self._exchange.serves(self.param_groups)
-                (self._layout(index, group) if current else layout).land(group, self.stats)
+                (self._layout(index, group) if current else layout).land(group)
 
     def plan(self, vectors: int = 0) -> Plan:
         """What every parameter gets, why, and what it costs; ``print(opt.plan())`` is a table.
