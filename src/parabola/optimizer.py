@@ -157,7 +157,7 @@ class SecondOrder(Stateful):
         if rows is not False:
             d = method.apply(bucket.seen, g if early else m, block, options)
             if early:
-                d = grafting.averaged(bucket, d, options)
+                d = grafting.averaged(bucket, d, rows, options)
             if options["graft"] is not None:
                 d = grafting.rescale(bucket, d, a)
             if rows is not True:
