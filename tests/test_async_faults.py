@@ -12,7 +12,7 @@ import threading
 import pytest
 import torch
 
-from methods import assert_same, make_params, snapshot, train
+from methods import assert_same, give_grads, make_params, snapshot, train
 from parabola import SOAP, Shampoo, host
 from parabola.methods.diagonal_method import DiagonalMethod
 from parabola.methods.shampoo import ShampooMethod
@@ -163,6 +163,30 @@ def test_an_error_of_the_method_is_raised_where_its_result_was_to_be_used(monkey
         except KeyError:
             assert step < 20
     assert optimizer.metrics()["age_max"] <= 2
+
+
+def test_an_error_is_raised_once_where_some_parameters_have_no_gradient(monkeypatch):
+    def broken(*_):
+        raise KeyError("no such factor")
+
+    def step(t):
+        give_grads(params, t)
+        params[0].grad = None
+        optimizer.step()
+
+    optimizer, params = started(Shampoo, 4, update_every=4)
+    raised = 0
+    for t in range(4, 32):
+        with monkeypatch.context() as patch:
+            if t < 8:
+                patch.setattr(ShampooMethod, "refresh", broken)
+            try:
+                step(t)
+            except KeyError:
+                raised += 1
+            host.Ticket(int, 10**6).result()  # after all that came before it
+    assert 1 <= raised <= 4  # of the factors of two parameters
+    assert optimizer.metrics()["parameter 1/b0/left/age"] <= 5
 
 
 def test_the_jobs_of_an_optimizer_that_is_gone_are_dropped(monkeypatch):

@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-from methods import assert_same, make_params, snapshot, train
+from methods import assert_same, give_grads, make_params, snapshot, train
 from parabola import SOAP, Diagonal, Shampoo, host
 from parabola.methods.diagonal_method import DiagonalMethod
 from parabola.methods.shampoo import ShampooMethod
@@ -146,6 +146,31 @@ def test_jobs_survive_a_layout_that_is_built_anew():
                 optimizer.state[p][key] = value.clone()
     assert_same(params, kept)
     assert optimizer.stats["refreshes"] == untouched.stats["refreshes"]
+
+
+@ROWS
+@pytest.mark.parametrize("step", range(5, 10))
+def test_a_freeze_loses_no_job(cls, options, step):
+    """A parameter is thawed with the results that were under way, asked for before or not."""
+
+    def frozen_for_a_while(asks):
+        optimizer, params = started(cls, options)
+        train(optimizer, params, step)
+        if asks:
+            optimizer.state_dict()
+        params[0].requires_grad_(False)
+        for t in range(step, step + 6):
+            give_grads(params, t)
+            params[0].grad = None
+            optimizer.step()
+        params[0].requires_grad_(True)
+        train(optimizer, params, range(step + 6, step + 12))
+        return params, optimizer
+
+    params, optimizer = frozen_for_a_while(asks=False)
+    expected, landed = frozen_for_a_while(asks=True)
+    assert_same(params, expected)
+    assert_same(snapshot(optimizer), snapshot(landed))
 
 
 def test_a_landed_result_may_be_edited_and_is_used():

@@ -230,6 +230,17 @@ def test_a_slim_state_dict_is_recut_too():
     assert_same(checkpoint.reblock(other, thin)["state"], whole["state"])
 
 
+def test_the_default_device_does_not_matter_to_other_blocks():
+    params = make_params(((8, 8),))
+    saved = parabola.Shampoo(params, block_size=8, start_step=1)
+    train(saved, params, 3)
+    other = parabola.Shampoo(params, block_size=4)
+    plain = checkpoint.reblock(other, saved.state_dict())
+    with torch.device("meta"):
+        cut = checkpoint.reblock(other, saved.state_dict())
+    assert_same(cut["state"], plain["state"])
+
+
 def test_keywords_of_the_checkpoint_hold_but_for_the_block_size():
     params = make_params()
     optimizer = parabola.Shampoo(params, block_size=4, max_order=3, lr=0.5)

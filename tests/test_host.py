@@ -131,6 +131,29 @@ def test_no_more_threads_than_were_asked_for(workers):
     assert 1 <= most[0] <= workers
 
 
+def test_nobody_counts_on_a_thread_that_could_not_start(monkeypatch):
+    host.configure(workers=2)  # the threads of the other tests retire
+    gate = threading.Event()
+    first = Ticket(gate.wait, due=0)
+
+    def refuse(_):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError, match="can't start"):
+            Ticket(int, due=0)
+    second = Ticket(lambda: "done", due=0)
+    for _ in range(500):
+        if second.done():
+            break
+        time.sleep(0.01)
+    finished = second.done()
+    gate.set()
+    first.result()
+    assert finished and second.result() == "done"
+
+
 def test_settings_may_change_while_jobs_wait():
     gate = threading.Event()
     tickets = [Ticket(gate.wait, due=0), *(Ticket(lambda i=i: i, due=i) for i in range(5))]

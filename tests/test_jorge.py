@@ -42,6 +42,24 @@ def test_defaults_over_all_shapes():
         torch.testing.assert_close(p.detach(), loop.param, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("graft", ["sgd", None])
+def test_a_parameter_that_came_later_starts_by_its_own_clock(graft):
+    params = make_params(((6, 4), (6, 4)))  # blocks of one bucket
+    options = {**BASE, "start_step": 4, "graft": graft, "momentum": 0.9}
+    optimizer = Jorge(params, **options)
+    loops = [JorgeOracle(p, **options) for p in params]
+    for step in range(12):
+        grads = make_grads(params, step)
+        give_grads(params, step)
+        if step < 3:
+            params[1].grad = None
+        optimizer.step()
+        for p, loop, grad in zip(params, loops, grads, strict=True):
+            if p.grad is not None:
+                loop.step(grad)
+            torch.testing.assert_close(p.detach(), loop.param, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("variant", ["symmetric", "paper"])
 @pytest.mark.parametrize("order", [1, 2, 3])
 @pytest.mark.parametrize("step_fraction", [None, 0.3])

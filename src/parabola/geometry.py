@@ -103,9 +103,20 @@ def wrapped(x: Tensor, p: Any) -> Tensor:
 
     shape = torch.Size((*p.shape, *x.shape[p.dim() :]))
     stride = tuple(prod(shape[axis + 1 :]) for axis in range(len(shape)))
-    return DTensor.from_local(
-        x, p.device_mesh, p.placements, run_check=False, shape=shape, stride=stride
+    # Of a parameter that is offloaded to the host, `from_local` would take a copy to the device of
+    # the mesh: it is asked about a tensor without memory, and told the truth afterwards.
+    offloaded = x.device.type != p.device_mesh.device_type
+    placed = DTensor.from_local(
+        x.to("meta") if offloaded else x,
+        p.device_mesh,
+        p.placements,
+        run_check=False,
+        shape=shape,
+        stride=stride,
     )
+    if not offloaded:
+        return placed
+    return DTensor(x, placed._spec, requires_grad=False)  # type: ignore[no-untyped-call]
 
 
 def take(view: Any, old: Any) -> None:

@@ -149,11 +149,16 @@ def momentum(bucket: Bucket, d: Tensor, options: Options) -> Tensor:
     return d.add_(buffer, alpha=mu) if options["nesterov"] else d.copy_(buffer)
 
 
-def averaged(bucket: Bucket, d: Tensor, options: Options) -> Tensor:
-    """``M <- momentum M + (1 - momentum) d``; ``M``, or one more such step with Nesterov."""
+def averaged(bucket: Bucket, d: Tensor, rows: bool | Tensor, options: Options) -> Tensor:
+    """``M <- momentum M + (1 - momentum) d``; ``M``, or one more such step with Nesterov.
+
+    Where rows are not preconditioned yet their ``M`` waits, whatever others in the bucket do.
+    """
     average = bucket.state.get("exp_avg_direction")
     if average is None:
         return d
+    if isinstance(rows, Tensor):
+        d = torch.where(bucket.expand(rows), d, average)
     mu = options["momentum"]
     average.lerp_(d, 1.0 - mu)
     return d.lerp_(average, mu) if options["nesterov"] else d.copy_(average)

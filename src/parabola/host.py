@@ -199,10 +199,10 @@ class _Pool:
 
     def _hire(self) -> None:
         worker = _Worker()
-        self._workers.add(worker)
         threading.Thread(
             target=self._run, args=(worker, self.settings), name="parabola-host", daemon=True
-        ).start()
+        ).start()  # may raise, and then nobody counts on it
+        self._workers.add(worker)
 
     def _give_up(self) -> float | None:
         """Time out what takes too long; seconds until the next look is due, None for never."""

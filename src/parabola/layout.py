@@ -16,7 +16,6 @@ from torch import Tensor
 
 from parabola import blocks
 from parabola.blocks import Bucket
-from parabola.faults import Stats
 from parabola.geometry import is_sharded, local, take, wrapped
 from parabola.latency import Warmup
 from parabola.method import Method
@@ -129,7 +128,7 @@ class Layout:
                 recompute(method, bucket, rows, its_options)
         if previous is not None:
             self._drop(previous)
-            self._inherit(previous)
+            self._inherit(previous, group)
         for bucket in self.buckets:
             bucket.times = self.warmup.jobs
         self._own = [state[p] for p in self.params]
@@ -175,10 +174,11 @@ class Layout:
             if id(own) in owners and (id(own), key) not in kept:
                 own.pop(key, None)
 
-    def _inherit(self, previous: "Layout") -> None:
+    def _inherit(self, previous: "Layout", group: Mapping[str, Any]) -> None:
         """Go on with the jobs that the layout before this one had in flight.
 
-        Which of them are still wanted is told by ``pending``.
+        Which of them are still wanted is told by ``pending``. Results for a parameter that takes no
+        part any more are brought into its state, which is taken up again when it is thawed.
         """
         self.warmup = previous.warmup
         places = {
@@ -188,14 +188,20 @@ class Layout:
             for i in range(member.tile.rows if len(bucket.refreshed) else 0)
         }
         for old in previous.buckets:
+            left = []
             for member in old.members if old.tickets else ():
                 for i in range(member.tile.rows):
                     place = (id(previous.params[member.slot]), member.first + i)
                     bucket, row = places.get(place, (None, 0))
+                    if bucket is None:
+                        left.append(member.start + i)
+                        continue
                     for column in range(old.pending.shape[1]):
                         held = old.tickets.get((member.start + i, column))
-                        if bucket is not None and held is not None:
+                        if held is not None:
                             bucket.tickets[row, column] = held
+            if left:
+                land(self._method, old, options_of(self._method, old.block, group), left)
 
     def _claim(self, own: dict[str, Any], key: str, view: Tensor, name: str) -> None:
         old = own.get(key)
@@ -268,11 +274,12 @@ class Layout:
     def _addresses(self) -> list[int]:
         return [local(p).data_ptr() for p in self.params]
 
-    def land(self, group: Mapping[str, Any], stats: Stats) -> None:
+    def land(self, group: Mapping[str, Any]) -> None:
         """Bring the results of all jobs in flight into the state, waiting for them."""
         for bucket in self.buckets:
             if bucket.tickets:
-                land(self._method, bucket, options_of(self._method, bucket.block, group), stats)
+                options = options_of(self._method, bucket.block, group)
+                land(self._method, bucket, options, range(bucket.n))
 
     @property
     def informed(self) -> bool:
@@ -314,9 +321,11 @@ class Layout:
             whole = len(chosen) == len(bucket.members)
             work = bucket if whole else bucket.subset(chosen)
             work.t = _rows_clock([clock[slot] for slot in work.slots], work.splits)
-            yield work
-            if not whole:
-                bucket.restore(work, chosen)
+            try:
+                yield work
+            finally:  # after an error, too, what has happened has happened
+                if not whole:
+                    bucket.restore(work, chosen)
 
     def steps_of(self, bucket: Bucket) -> list[Tensor]:
         """The step count of each member: 0-d views of `steps`."""

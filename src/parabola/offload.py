@@ -21,7 +21,7 @@ adopted; `land` writes them to the back buffers, which is all that a checkpoint 
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from functools import partial
 from typing import NamedTuple
 
@@ -267,14 +267,16 @@ def _counted(ticket: "host.Ticket[Solved]", stats: Stats) -> Solved | None:
         stats["worker_deaths"] += ticket.deaths
 
 
-def land(method: Method, bucket: Bucket, options: Options, stats: Stats) -> None:
-    """Write the results of all jobs in flight to the back buffers, waiting for them.
+def land(method: Method, bucket: Bucket, options: Options, rows: Collection[int]) -> None:
+    """Write the results of jobs in flight for some rows to the back buffers, waiting for them.
 
     Tickets stay, with their results: training goes on as if nobody had asked.
     """
     for column, factor in enumerate(method.factors(bucket.block, options)):
         for row, its_column in sorted(bucket.tickets):
-            held = _held(bucket, row, column) if its_column == column else None
+            if its_column != column or row not in rows:
+                continue
+            held = _held(bucket, row, column)
             if held is None:
                 continue
             try:

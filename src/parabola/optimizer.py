@@ -38,7 +38,7 @@ from parabola.method import ChainMethod, Options, SpanMethod
 from parabola.refresh import refresh
 from parabola.schedule import ready
 from parabola.stateful import Stateful
-from parabola.treatment import names_of, options_of, wanted
+from parabola.treatment import names_of, options_of, roster, wanted
 
 Vectors = Sequence[Sequence[Tensor]]
 """Vectors that a bucket takes in: each one tensor a member."""
@@ -66,14 +66,16 @@ class SecondOrder(Stateful):
         for index, group in enumerate(self.param_groups):
             self._check(index, group)
         loss, exchange = None, self._connected()
-        with exchange.telling(lambda: len(self._feed.vectors)):
-            if closure is not None:
-                with torch.enable_grad():
-                    loss = closure()
+        if closure is not None:
+            with exchange.telling(self._feed.count), torch.enable_grad():
+                loss = closure()
+            exchange = self._connected()  # it may have cleared the gradient of a frozen parameter
+        with exchange.telling(self._feed.count):
             intakes = [self._intake(i, group) for i, group in enumerate(self.param_groups)]
         verdicts = exchange.open(intakes, self._feed.vectors)
+        self._skip(verdicts, intakes)
         failures = self.stats["root_failures"]
-        with exchange.telling(lambda: len(self._feed.vectors)):
+        with exchange.telling(None):
             work = list(self._work(verdicts))
             clock = self._clock() if any(map(self.method.fed, self.param_groups)) else 0
             for index, layout in work:
@@ -157,7 +159,7 @@ class SecondOrder(Stateful):
         if rows is not False:
             d = method.apply(bucket.seen, g if early else m, block, options)
             if early:
-                d = grafting.averaged(bucket, d, options)
+                d = grafting.averaged(bucket, d, rows, options)
             if options["graft"] is not None:
                 d = grafting.rescale(bucket, d, a)
             if rows is not True:
@@ -243,14 +245,16 @@ class SecondOrder(Stateful):
             ...         parabola.curvature.sampled_loss(model(x), "cross_entropy").backward()
         """
         params = [p for group in self.param_groups for p in group["params"]]
+        fed = any(map(self.method.fed, self.param_groups))
         blocks = len(self._feed.vectors) + self._feed.dropped
         try:
             with captured(params, 64 * self._clock() + blocks, model, scaler) as vector:
                 yield
         except Exception:
-            self._connected().every(False)  # the others drop their part of the vector
+            if fed:
+                self._connected().every(False)  # the others drop their part of the vector
             raise
-        if not any(map(self.method.fed, self.param_groups)):
+        if not fed:
             faults.on_idle_curvature(self.stats, type(self).__name__)
             return
         trusting = all(group["nonfinite"] == "ignore" for group in self.param_groups)
@@ -322,16 +326,17 @@ class SecondOrder(Stateful):
                 telling = any(bool(g.any()) for g in given)
         return Intake(group, params, grads, finite, telling, informed)
 
+    def _skip(self, verdicts: Sequence[Verdict], intakes: Sequence[Intake]) -> None:
+        """Count the groups with a bad gradient, or raise: on all processes alike, so untold."""
+        for verdict, intake in zip(verdicts, intakes, strict=True):
+            if verdict.bad and any(verdict.has):
+                names, policy = roster(self.method, intake.group).names, intake.group["nonfinite"]
+                faults.on_nonfinite(self.stats, intake.grads, names, policy, verdict.bad)
+
     def _work(self, verdicts: Sequence[Verdict]) -> Iterator[tuple[int, Layout]]:
-        """Groups to step, after every gradient of every group has passed inspection."""
+        """Groups to step."""
         for index, verdict in enumerate(verdicts):
-            group = self.param_groups[index]
-            if not any(verdict.has):
-                continue
-            layout = self._layout(index, group)
-            if verdict.bad:
-                grads = [gradient(p) for p in layout.params]
-                policy = group["nonfinite"]
-                faults.on_nonfinite(self.stats, grads, layout.names, policy, verdict.bad)
-                continue
-            yield index, layout
+            if any(verdict.has):
+                layout = self._layout(index, self.param_groups[index])
+                if not verdict.bad:
+                    yield index, layout

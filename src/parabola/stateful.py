@@ -116,7 +116,10 @@ class Stateful(Optimizer):
         for index, layout in list(self._layouts.items()):
             if any(bucket.tickets for bucket in layout.buckets):
                 group = self.param_groups[index]
-                self._layout(index, group).land(group, self.stats)
+                # Other parameters, such as a frozen one less, are divided anew by the next step, by
+                # all processes together: until then everything lies where it lay.
+                current = self._exchange.serves(self.param_groups)
+                (self._layout(index, group) if current else layout).land(group)
 
     def plan(self, vectors: int = 0) -> Plan:
         """What every parameter gets, why, and what it costs; ``print(opt.plan())`` is a table.
@@ -189,7 +192,8 @@ class Stateful(Optimizer):
             after.remove()
         for group, mode in zip(self.param_groups, modes, strict=True):
             group["distributed"] = mode
-        if not self._connected().alone:
+        # Who loads nothing, as wrappers do to move state that is not there yet, is not compared.
+        if self.state and not self._connected().alone:
             self._take_own()
 
     def _take_own(self) -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
 
 import parabola
 
@@ -97,6 +99,98 @@ def dtype_changes():
 def test_state_follows_the_dtype_of_its_parameter(pool):
     found = pool.run(dtype_changes, world_size=2)
     assert set.union(*found) == {torch.float64}
+
+
+def freezes_with_jobs_in_flight(asks):
+    model, optimizer = trained(refresh="async", latency=2, update_every=3, lr=0.1)
+    step(model, optimizer, 4)
+    for p in model.parameters():
+        p.grad = None
+    for p in model[0].parameters():  # whose owners are not those of the next layer
+        p.requires_grad_(False)
+    if asks:
+        optimizer.state_dict()
+    for t in range(5):
+        for p in model[1].parameters():
+            p.grad = torch.ones_like(p) / (t + 1)
+        optimizer.step()
+    return held(optimizer), [p.detach().clone() for p in model.parameters()]
+
+
+def test_a_state_dict_asked_for_after_a_freeze_moves_no_block(pool):
+    asked = pool.run(freezes_with_jobs_in_flight, world_size=2, asks=True)
+    plain = pool.run(freezes_with_jobs_in_flight, world_size=2, asks=False)
+    for (blocks, params), (others, expected) in zip(asked, plain, strict=True):
+        assert blocks == others
+        torch.testing.assert_close(params, expected, rtol=0, atol=0)
+
+
+def closure_clears_a_frozen_gradient():
+    model, optimizer = trained()
+    model[0].requires_grad_(False)  # its gradients are still there when the step begins
+    before = model[0].weight.clone()
+
+    def closure():
+        optimizer.zero_grad()
+        loss = sum(p.square().sum() for p in model[1].parameters())
+        loss.backward()
+        return loss
+
+    losses = [float(optimizer.step(closure).detach()) for _ in range(3)]
+    assert torch.equal(model[0].weight, before)
+    return losses
+
+
+def test_a_closure_may_clear_the_gradient_of_a_frozen_parameter(pool):
+    first, second = pool.run(closure_clears_a_frozen_gradient, world_size=2)
+    assert first == second
+    assert first[0] > first[1] > first[2]
+
+
+def loads_nothing():
+    torch.manual_seed(dist.get_rank())
+    model = nn.Linear(4, 4)
+    optimizer = parabola.Shampoo(model.named_parameters())
+    optimizer.load_state_dict(optimizer.state_dict())
+    for p in model.parameters():
+        dist.broadcast(p.data, 0)
+    step(model, optimizer)
+    return True
+
+
+def test_an_empty_state_may_be_loaded_before_replicas_are_equal(pool):
+    assert all(pool.run(loads_nothing, world_size=2))
+
+
+def offloaded():
+    mesh = DeviceMesh("meta", torch.arange(2))  # stands for accelerators; parameters are not there
+    torch.manual_seed(0)
+    piece = torch.randn(8, 4)[4 * dist.get_rank() :][:4]
+
+    def placed(x):
+        spec = DTensor.from_local(x.to("meta"), mesh, [Shard(0)])._spec
+        return DTensor(x.clone(), spec, requires_grad=False)
+
+    p = nn.Parameter(placed(piece))
+    optimizer = parabola.SONew([("p", p)], lr=0.1)
+    for t in range(3):
+        p.grad = placed(torch.full((4, 4), t - 1.5))
+        optimizer.step()
+    state = optimizer.state[p]
+    return {key: x.to_local() for key, x in {**state, "p": p.detach()}.items() if key != "step"}
+
+
+def test_state_of_offloaded_parameters_lies_beside_them(pool):
+    first, second = pool.run(offloaded, world_size=2)
+    torch.manual_seed(0)
+    p = nn.Parameter(torch.randn(8, 4))
+    optimizer = parabola.SONew([("p", p)], lr=0.1)
+    for t in range(3):
+        p.grad = torch.full((8, 4), t - 1.5)
+        optimizer.step()
+    for key, x in {**optimizer.state[p], "p": p.detach()}.items():
+        if key != "step":
+            torch.testing.assert_close(torch.cat([first[key], second[key]]), x)
 
 
 def roots_fail():

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Numbers that go wrong, ranks that raise, die, stay away, or have another model."""
 
+import contextlib
 import os
 import re
 import signal
 import time
+import warnings
 
 import pytest
 import torch
@@ -115,6 +117,48 @@ def test_a_rank_that_raises_is_named_on_the_others(pool, method, how):
     # The step after it is sound, on all ranks alike.
     for _, _, params in results[1:]:
         torch.testing.assert_close(params, results[0][2], rtol=0, atol=0)
+
+
+def raises_at_a_bad_number(method):
+    optimizer, named = build(method, nonfinite="raise")
+    for t in range(3):
+        give(named, t)
+        before = [p.detach().clone() for _, p in named]
+        if t != 1:
+            optimizer.step()
+            continue
+        if dist.get_rank() == 1:
+            named[0][1].grad[0, 0] = torch.nan
+        with pytest.raises(RuntimeError, match="nothing was changed"):
+            optimizer.step()
+        assert all(torch.equal(p.detach(), x) for (_, p), x in zip(named, before, strict=True))
+    return [p.detach().clone() for _, p in named]
+
+
+@every_method
+def test_after_a_bad_number_that_raised_the_run_goes_on(pool, method):
+    first, second = pool.run(raises_at_a_bad_number, world_size=2, group_timeout=15, method=method)
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
+def raises_in_an_idle_block():
+    optimizer, named = build()
+    give(named, 0)
+    optimizer.step()
+    with contextlib.suppress(LookupError), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # one block on each rank that nobody has a use for
+        with optimizer.curvature():
+            if dist.get_rank() == 1:
+                _fails()
+            give(named, 1)
+    give(named, 2)
+    optimizer.step()
+    return [p.detach().clone() for _, p in named]
+
+
+def test_an_error_in_a_curvature_block_without_a_use_concerns_nobody(pool):
+    first, second = pool.run(raises_in_an_idle_block, world_size=2, group_timeout=15)
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 
 class Broken:

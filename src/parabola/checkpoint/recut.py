@@ -99,7 +99,7 @@ def _share(statistic: Tensor, of: slice) -> Tensor:
 def _overlaps(old: Tile, new: Tile) -> Iterator[Overlap]:
     """All pairs of blocks that share elements, for all parts at once."""
     sides = zip(old.merged, old.block.shape, new.block.shape, strict=True)
-    part = torch.arange(new.parts)
+    part = torch.arange(new.parts, device="cpu")
     for pairs in product(*(list(_along(*lengths)) for lengths in sides)):
         mine, theirs, into, of = zip(*pairs, strict=True)
         rows = part * new.per_part + _row(mine, new.grid)

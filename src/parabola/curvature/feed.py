@@ -30,6 +30,10 @@ class Feed:
         self.vectors: list[Vector] = []
         self.dropped = 0
 
+    def count(self) -> int:
+        """How many sound ones there are."""
+        return len(self.vectors)
+
 
 @contextmanager
 def captured(

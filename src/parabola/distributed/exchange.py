@@ -107,11 +107,11 @@ class Exchange(Protocol):
         ...
 
     @contextmanager
-    def telling(self, vectors: Callable[[], int]) -> Iterator[None]:
+    def telling(self, vectors: Callable[[], int] | None) -> Iterator[None]:
         """An error inside is told to the other processes, which raise as well.
 
         Args:
-            vectors: How many curvature vectors come into the step.
+            vectors: How many curvature vectors come into the step; None: it has begun.
         """
         yield
 
@@ -195,7 +195,7 @@ class Local:
         raise NotImplementedError
 
     @contextmanager
-    def telling(self, vectors: Callable[[], int]) -> Iterator[None]:
+    def telling(self, vectors: Callable[[], int] | None) -> Iterator[None]:
         """There is nobody to tell."""
         yield
 

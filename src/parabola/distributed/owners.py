@@ -75,7 +75,7 @@ class Owners(Local):
         self._outward = _sorted(self.division.outward, self._rank)
         self._stand_ins = list(map(self._stand_in, range(len(self.division.units))))
         self._mails: dict[int | None, Mail] = {}
-        self._open = self._failed = False
+        self._failed = False
         self._intakes: Sequence[Intake] = []
         self._verdicts: list[Verdict] = []
         self._sent_before = 0
@@ -132,19 +132,18 @@ class Owners(Local):
         return self._shards[key]
 
     @contextmanager
-    def telling(self, vectors: Callable[[], int]) -> Iterator[None]:
+    def telling(self, vectors: Callable[[], int] | None) -> Iterator[None]:
         """An error inside is told to the other ranks, in the collective that they wait in."""
         try:
             yield
         except Exception:
             failed = torch.ones(self.division.header, dtype=torch.uint8, device="cpu")
-            if not self._open:
+            if vectors is not None:
                 self._mail(vectors()).post(failed, [])
             elif self.division.returns:
                 self._mail(None).post(failed[:1], [])
             else:
                 self._failed = True  # told when the next step begins
-            self._open = False
             raise
 
     def open(self, intakes: Sequence[Intake], vectors: Sequence[Vector]) -> list[Verdict]:
@@ -178,7 +177,6 @@ class Owners(Local):
             for vector in range(len(parts[0][1])):
                 whole = self._joined(i, [(t, tensors[vector]) for t, tensors in parts])
                 self._spreads[index][vector].parts[key] = whole
-        self._open = True
         self._sent_before = sum(shards.sent for shards in self._shards.values())
         return self._verdicts
 
@@ -205,7 +203,6 @@ class Owners(Local):
         """
         division, received = self.division, list[Tensor]()
         leaving, coming, staying = self._outward
-        self._open = False
         if division.returns:
             mail = self._mail(None)
             told = torch.full((1,), header.FAILED * failed, dtype=torch.uint8, device="cpu")
