@@ -223,8 +223,9 @@ def _saved_groups(path: str | os.PathLike[str], found: Found) -> dict[str, dict[
     values: dict[str, Any] = {}
     for key, item in found.items():
         if key.startswith(GROUPS):
-            tensor = isinstance(item, TensorStorageMetadata)
-            values[key] = torch.empty(item.size, dtype=item.properties.dtype) if tensor else None
+            values[key] = None
+            if isinstance(item, TensorStorageMetadata):
+                values[key] = torch.empty(item.size, dtype=item.properties.dtype, device="cpu")
     with _quiet():
         state_dict_loader.load(values, checkpoint_id=path, no_dist=not _together())
     groups: dict[str, dict[str, Any]] = defaultdict(dict)

@@ -58,7 +58,8 @@ class Mail:
         self._group, self._header, self._device = group, header, device
         self._out, self._out_sizes = _placed(outgoing, header)
         self._in, self._in_sizes = _placed(incoming, header)
-        self._out_starts, self._in_starts = _starts(self._out_sizes), _starts(self._in_sizes)
+        self._out_heads = _heads(self._out_sizes, header).to(device)
+        self._in_heads = _heads(self._in_sizes, header).to(device)
         rank = dist.get_rank(group)
         self.sent = sum(n for r, n in enumerate(self._out_sizes) if r != rank)
 
@@ -76,14 +77,13 @@ class Mail:
         sending = torch.zeros if not tensors else torch.empty
         outbox = sending(sum(self._out_sizes), dtype=torch.uint8, device=self._device)
         inbox = torch.empty(sum(self._in_sizes), dtype=torch.uint8, device=self._device)
-        here = header.to(self._device)
-        for start in self._out_starts:
-            outbox[start : start + self._header] = here
+        here = header.to(self._device).repeat(len(self._out_sizes))
+        outbox.index_copy_(0, self._out_heads, here)
         if tensors:
             torch._foreach_copy_(_views(outbox, self._out), list(tensors))
         dist.all_to_all_single(inbox, outbox, self._in_sizes, self._out_sizes, group=self._group)
-        headers = [inbox[start : start + self._header] for start in self._in_starts]
-        return torch.stack(headers).cpu(), _views(inbox, self._in)
+        headers = inbox.index_select(0, self._in_heads).view(-1, self._header)
+        return headers.cpu(), _views(inbox, self._in)
 
 
 def gather(x: Tensor, group: "dist.ProcessGroup") -> Tensor:
@@ -108,8 +108,10 @@ def _placed(messages: Sequence[Sequence[Piece]], header: int) -> tuple[list[_Pla
     return found, sizes
 
 
-def _starts(sizes: Sequence[int]) -> list[int]:
-    return [0, *accumulate(sizes[:-1])]
+def _heads(sizes: Sequence[int], header: int) -> Tensor:
+    """Where the headers of messages of so many bytes lie, byte for byte, one after another."""
+    starts = torch.tensor([0, *accumulate(sizes[:-1])], device="cpu")
+    return (starts.unsqueeze(1) + torch.arange(header, device="cpu")).flatten()
 
 
 def _views(buffer: Tensor, places: Sequence[_Place]) -> list[Tensor]:
