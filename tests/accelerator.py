@@ -31,7 +31,7 @@ from torch.utils.backend_registration import (
 NAME = "pretended"
 aten = torch.ops.aten
 
-COPIES = {aten._to_copy.default, aten.copy_.default, aten._foreach_copy_.default}
+COPIES = {aten._to_copy.default, aten.copy_.default}
 INDEXED = {aten.index.Tensor, aten.index_put_.default, aten._index_put_impl_.default}
 WAITS = {
     aten._local_scalar_dense.default,
@@ -166,6 +166,8 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any], waits: "Counter[str]") ->
     collective = func.namespace == "c10d" and func is not torch.ops.c10d.barrier.default
     if not here and not _is_ours(device) and not (collective and tensors):
         return func(*args, **kwargs)
+    if func.name().startswith("aten::_foreach_"):
+        return _run_each(func, args, kwargs)
     strange = [x for x in tensors if not isinstance(x, Pretended) and x.dim()]
     if strange and (here or collective) and func not in COPIES | INDEXED:
         shapes = [tuple(x.shape) for x in strange]
@@ -177,8 +179,6 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any], waits: "Counter[str]") ->
     out = func(*own_args, **own_kwargs)
     if collective:
         return out
-    if func is aten._foreach_copy_.default:
-        return None
     if func is aten.copy_.default:
         return args[0]
     if func is aten._to_copy.default and device is not None and not _is_ours(device):
@@ -187,9 +187,30 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any], waits: "Counter[str]") ->
     return return_and_correct_aliasing(func, args, kwargs, wrapped)
 
 
+def _run_each(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """An operation on lists, whose members may lie on different devices."""
+    lists = [x for x in tree_leaves(args, is_leaf=lambda x: isinstance(x, list)) if _of_tensors(x)]
+    for row in zip(*lists, strict=True):
+        sides = {isinstance(x, Pretended) for x in row if x.dim()}
+        if len(sides) > 1 and func is not aten._foreach_copy_.default:
+            raise RuntimeError(f"{func} of a tensor on the device and one on the host")
+    own_args, own_kwargs = tree_map_only(Pretended, lambda x: x.host, (args, kwargs))
+    out = func(*own_args, **own_kwargs)
+    if out is None:
+        return None
+    pairs = zip(out, lists[0], strict=True)
+    return [Pretended(x) if isinstance(like, Pretended) else x for x, like in pairs]
+
+
+def _of_tensors(x: Any) -> bool:
+    return isinstance(x, list) and len(x) > 0 and isinstance(x[0], Tensor)
+
+
 def _held_up(func: Any, args: Any, kwargs: dict[str, Any]) -> list[str]:
     """What makes the host wait for the device in an operation, by name."""
     if func in WAITS:
+        return [str(func)]
+    if func is aten.segment_reduce.default and not kwargs.get("unsafe"):
         return [str(func)]
     if func is aten.repeat_interleave.Tensor and kwargs.get("output_size") is None:
         return [str(func)]

@@ -220,14 +220,12 @@ class Bucket:
         """The mean of a state entry over every block, or over the whole parameters of a run."""
         x = self.state[name]
         if self.shards is not None:
-            sums = torch.segment_reduce(x.double(), "sum", lengths=self.lengths)
-            return (self.shards.total(sums) / self.sizes).to(x.dtype)
+            return (self.shards.total(segment_sums(x, self.lengths)) / self.sizes).to(x.dtype)
         if self.block.shape:
             return x.flatten(1).mean(1)
         if self.even:
             return x.view(len(self.members), -1).mean(1)
-        sums = torch.segment_reduce(x.double(), "sum", lengths=self.lengths)
-        return (sums / self.sizes).to(x.dtype)
+        return (segment_sums(x, self.lengths) / self.sizes).to(x.dtype)
 
     def index(self, chosen: Sequence[int]) -> Tensor:
         """Rows of the chosen members, ``(k,)`` int64 on the host."""
@@ -331,6 +329,13 @@ class Bucket:
                     if (new, column) in subset.tickets:
                         self.tickets[old, column] = subset.tickets[new, column]
             self.settled = self.settled and subset.settled
+
+
+def segment_sums(x: Tensor, lengths: Tensor) -> Tensor:
+    """Sums in float64 of stretches of ``(n,)`` that follow one another, of these lengths."""
+    # Unsafe is that nobody checks the lengths, for which an accelerator would be waited for.
+    found: Tensor = torch.segment_reduce(x.double(), "sum", lengths=lengths, unsafe=True)
+    return found
 
 
 def state_dtype(param: Tensor) -> torch.dtype:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from parabola import grafting
-from parabola.blocks import PIECE, Bucket
+from parabola.blocks import PIECE, Bucket, segment_sums
 from parabola.distributed import Exchange
 from parabola.distributed.halos import ends
 from parabola.distributed.shards import Shards
@@ -296,5 +296,4 @@ def _sums(piece: Bucket, x: Tensor) -> Tensor:
         if x.device.type == "cpu" and bool(total.isfinite().all()):
             return total.double()
         return rows.sum(1, dtype=torch.float64)
-    sums: Tensor = torch.segment_reduce(x.double(), "sum", lengths=piece.lengths)
-    return sums
+    return segment_sums(x, piece.lengths)

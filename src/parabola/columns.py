@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from parabola import grafting
-from parabola.blocks import Bucket
+from parabola.blocks import Bucket, segment_sums
 from parabola.distributed import Exchange
 from parabola.method import Combined, Options, State
 from parabola.zones import Run, Zone, zones
@@ -254,8 +254,7 @@ def _squares(zone: Zone, x: Tensor) -> Tensor:
     """Squared lengths of the members of a zone, float64."""
     if len(zone.runs) == 1:
         return grafting.norms(x.view(len(zone.sizes), -1)).double().square_()
-    sums: Tensor = torch.segment_reduce(x.double().square(), "sum", lengths=zone.sizes)
-    return sums
+    return segment_sums(x.double().square(), zone.sizes)
 
 
 def _flat(piece: Bucket, tensors: Sequence[Tensor]) -> Tensor:

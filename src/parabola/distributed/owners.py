@@ -216,7 +216,8 @@ class Owners(Local):
             unit = division.units[t.unit]
             verdict = self._verdicts[unit.group]
             if verdict.has[unit.slot] and not verdict.bad:
-                moved[unit.group].append((self._here(t, self._params), d))
+                p = self._here(t, self._params)
+                moved[unit.group].append((p, d.to(p.device)))
         for index, pairs in moved.items():
             params, directions = map(list, zip(*pairs, strict=True))
             move(params, directions, self._intakes[index].group)
