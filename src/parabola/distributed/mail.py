@@ -6,6 +6,7 @@ once, from geometry that all ranks share: `all_to_all_single` does not notice a 
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import accumulate
 from math import prod
 from typing import NamedTuple
@@ -31,6 +32,15 @@ class _Place(NamedTuple):
     dtype: torch.dtype
     strides: tuple[int, ...]
     start: int
+
+
+class _Boxes(NamedTuple):
+    """The bytes of all messages, and the pieces within them: views."""
+
+    out: Tensor
+    into: Tensor
+    leaving: list[Tensor]
+    coming: list[Tensor]
 
 
 class Mail:
@@ -72,18 +82,32 @@ class Mail:
                 None of them: the pieces are zeros.
 
         Returns:
-            The headers ``(ranks, header)`` on the host, and the incoming pieces, rank after rank.
+            The headers ``(ranks, header)`` on the host, and the incoming pieces, rank after rank,
+            which last until the next post.
         """
-        sending = torch.zeros if not tensors else torch.empty
-        outbox = sending(sum(self._out_sizes), dtype=torch.uint8, device=self._device)
-        inbox = torch.empty(sum(self._in_sizes), dtype=torch.uint8, device=self._device)
+        # On the host fresh memory costs page faults, which is seen in the step.
+        boxes = self._kept if self._device.type == "cpu" else self._boxes()
+        outbox, inbox = boxes.out, boxes.into
+        if tensors:
+            torch._foreach_copy_(boxes.leaving, list(tensors))
+        else:
+            outbox.zero_()
         here = header.to(self._device).repeat(len(self._out_sizes))
         outbox.index_copy_(0, self._out_heads, here)
-        if tensors:
-            torch._foreach_copy_(_views(outbox, self._out), list(tensors))
         dist.all_to_all_single(inbox, outbox, self._in_sizes, self._out_sizes, group=self._group)
         headers = inbox.index_select(0, self._in_heads).view(-1, self._header)
-        return headers.cpu(), _views(inbox, self._in)
+        return headers.cpu(), boxes.coming
+
+    @cached_property
+    def _kept(self) -> "_Boxes":
+        return self._boxes()
+
+    def _boxes(self) -> "_Boxes":
+        out, into = (
+            torch.empty(sum(sizes), dtype=torch.uint8, device=self._device)
+            for sizes in (self._out_sizes, self._in_sizes)
+        )
+        return _Boxes(out, into, _views(out, self._out), _views(into, self._in))
 
 
 def gather(x: Tensor, group: "dist.ProcessGroup") -> Tensor:
